@@ -1,0 +1,498 @@
+"""The decoder-only transformer around `attention.py`: config, presets, blocks, KV cache, generation, checkpoints.
+
+Llama's architecture with Llama's names: pre-RMSNorm, rotary positions, SwiGLU. `python model.py --preset base` prints
+what a model costs: parameters, FLOPs and cached bytes. Read `attention.py` first and `train.py` next.
+"""
+
+import argparse
+import math
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import ATTENTION, rms_norm, rope_table
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# Shapes; train.py has the training settings that go with each. vocab_size comes from the data set's tokenizer.
+PRESETS = {
+    "tiny": dict(n_layer=2, n_head=4, n_embd=32, block_size=64),  # tests, seconds
+    "small": dict(n_layer=4, n_head=8, n_embd=128, block_size=256),  # a laptop's CPU, minutes
+    "base": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, tie_embeddings=True),  # 124M with GPT-2's vocabulary, one GPU
+    "1b": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, intermediate_size=8192, block_size=2048, rope_theta=500000.0),
+}  # fmt: skip
+
+
+@dataclass
+class GPTConfig:
+    """A model's shape. Raises ValueError, naming the field and what would do, for a shape that cannot be built."""
+
+    vocab_size: int
+    block_size: int = 256  # positions the model is trained on
+    n_layer: int = 4
+    n_head: int = 8
+    n_kv_head: int | list | None = None  # cached heads; None: n_head; a list: one [keys, values] pair per layer
+    n_embd: int = 128
+    head_dim: int | None = None  # None: n_embd / n_head
+    intermediate_size: int | None = None  # None: 8/3 n_embd rounded up to a multiple of 32
+    attention: str = "mea"
+    head_norm: bool | None = None  # None: the variant's own, on for dfa and mea
+    mea_form: str = "auto"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    attention_bias: bool = False  # on q, k and v, as in Qwen2
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {getattr(self, name)!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if self.mea_form not in ("auto", "compose", "fold", "absorb"):
+            raise ValueError(f"mea_form must be auto, compose, fold or absorb, not {self.mea_form!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.head_norm is None:
+            self.head_norm = self.attention in ("dfa", "mea")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
+            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise ValueError(f"a head is {self.head_dim} wide, and RoPE needs an even width: change n_embd or n_head")
+        if self.intermediate_size is None:
+            self.intermediate_size = 32 * math.ceil(8 * self.n_embd / 3 / 32)
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if isinstance(self.n_kv_head, list) and len(self.n_kv_head) != self.n_layer:
+            raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
+        for layer in range(self.n_layer):
+            n_k, n_v = self.kv_heads(layer)
+            if not (1 <= n_k <= self.n_head and 1 <= n_v <= self.n_head):
+                raise ValueError(f"n_kv_head must be between 1 and n_head {self.n_head}, not {n_k if n_k == n_v else (n_k, n_v)}")
+            if self.attention != "mea" and (n_k != n_v or self.n_head % n_k):
+                raise ValueError(f"n_kv_head {n_k if n_k == n_v else (n_k, n_v)} must divide n_head {self.n_head} for {self.attention} (mea takes any)")
+            if self.attention == "dfa" and (self.n_head % 2 or n_k % 2):
+                raise ValueError(f"dfa pairs its heads: n_head {self.n_head} and n_kv_head {n_k} must be even")
+
+    def kv_heads(self, layer):
+        """(key heads, value heads) that a layer projects and caches."""
+        n = self.n_kv_head[layer] if isinstance(self.n_kv_head, list) else self.n_kv_head
+        return tuple(n) if isinstance(n, (list, tuple)) else (n, n)
+
+    def kv_bytes_per_token(self, dtype=torch.float32):
+        """Bytes that one position of one sequence takes in a `KVCache`."""
+        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.head_dim * dtype.itemsize
+
+    def flops_per_token(self, T=None):
+        """Forward and backward FLOPs of one training token at sequence length T: 6 per matrix weight, and attention.
+
+        A query sees T/2 keys on average and pays 2D for a score and 2D for its value: 6 T H D with the backward.
+        """
+        heads = self.n_head * self.head_dim
+        weights = self.vocab_size * self.n_embd  # the output head; looking an embedding up costs nothing
+        for layer in range(self.n_layer):
+            weights += self.n_embd * (2 * heads + sum(self.kv_heads(layer)) * self.head_dim + 3 * self.intermediate_size)
+        return 6 * weights + 6 * (T or self.block_size) * heads * self.n_layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202): W_down(silu(W_gate x) * W_up x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = ATTENTION[config.attention](config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class LayerCache:
+    """One layer's share of a `KVCache`: what `attention.py` sees of it."""
+
+    def __init__(self, cache, k, v):
+        self.cache, self.k, self.v = cache, k, v
+        self.folded = None  # MEA keeps its folded projections here: they are valid as long as the entries made with them
+
+    def append(self, k, v):
+        """Write k (B, T, n_k, D), v (B, T, n_v, D) behind each row's entries; return all so far and `positions`.
+
+        Returns (B, S, n_k, D), (B, S, n_v, D), positions: (B, T) where rows differ in length, otherwise None.
+        """
+        lengths, T = self.cache.lengths, k.size(1)
+        S = max(lengths) + T
+        if min(lengths) == max(lengths):
+            positions = None
+            self.k[:, S - T : S], self.v[:, S - T : S] = k, v
+        else:
+            positions = self.cache.positions(T)
+            rows = torch.arange(len(lengths), device=k.device)[:, None]
+            self.k[rows, positions], self.v[rows, positions] = k.to(self.k.dtype), v.to(self.v.dtype)
+        return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype), positions
+
+
+class KVCache:
+    """Keys (after RoPE) and values of the heads that a model caches, allocated once: exactly `nbytes`.
+
+    Layer l holds (B, max_length, n_k, D) keys and (B, max_length, n_v, D) values, with `config.kv_heads(l)` = n_k, n_v: for
+    MEA the component heads. `lengths` has the number of valid positions of each row.
+    """
+
+    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device="cpu"):
+        self.max_length, self.device = max_length, device
+        self.layers = []
+        for layer in range(config.n_layer):
+            n_k, n_v = config.kv_heads(layer)
+            k, v = (torch.zeros(batch_size, max_length, n, config.head_dim, dtype=dtype, device=device) for n in (n_k, n_v))
+            self.layers.append(LayerCache(self, k, v))
+        self.reset(batch_size)
+
+    def reset(self, batch_size=None):
+        self.lengths = [0] * (batch_size or len(self.lengths))
+
+    def positions(self, T):
+        """(B, T): where the next T positions of each row stand."""
+        return torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(T, device=self.device)
+
+    @property
+    def nbytes(self):
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.layers:
+            for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, tokens, cache=None, lengths=None):
+        """(B, T) token ids -> (B, T, C), normed and ready for the output head.
+
+        With a `cache` the tokens follow what it holds. `lengths` (list of B) says how many of a right-padded row's tokens
+        are real: the rest is never attended to and will be overwritten.
+        """
+        B, T = tokens.shape
+        past = max(cache.lengths) if cache is not None else 0
+        limit = self.config.block_size if cache is None else min(self.config.block_size, cache.max_length)
+        if past + T > limit:
+            raise ValueError(f"{past + T} positions do not fit: the {'model' if cache is None else 'cache'} holds {limit}")
+        if past == 0 or min(cache.lengths) == past:
+            rope = self.rope_cos[past : past + T], self.rope_sin[past : past + T]  # (T, D)
+        else:
+            positions = cache.positions(T)
+            rope = self.rope_cos[positions], self.rope_sin[positions]  # (B, T, D)
+        x = self.embed_tokens(tokens)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.lengths = [old + new for old, new in zip(cache.lengths, lengths or [T] * B)]
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, mean cross-entropy in nats per token).
+
+        With targets the logits are never whole in memory (where PyTorch has the fused loss): at a large vocabulary they are
+        the largest tensor of a training step.
+        """
+        x = self.hidden(tokens, cache)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_tokens=(),
+                 use_cache=True, on_token=None):  # fmt: skip
+        """Continue prompts (lists of ids, of any lengths from 1) by up to max_new_tokens: a list of the new ids for each.
+
+        temperature 0 takes the likeliest token; otherwise one is drawn, after keeping the `top_k` likeliest and then the
+        fewest whose probabilities reach `top_p`. A row ends with a stop token, which is not returned. `on_token(row, id)`
+        is called as each id is chosen. When a row outgrows the block size the older half of its context is dropped, with
+        or without the cache, so both give the same tokens. The model should be in eval mode. Raises ValueError.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        device, limit = self.embed_tokens.weight.device, self.config.block_size
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        contexts = [list(prompt)[-limit:] for prompt in prompts]
+        new, running = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
+        cache, fresh = None, True
+        if use_cache:
+            length = min(limit, max(map(len, contexts)) + max_new_tokens)
+            cache = KVCache(self.config, len(prompts), length, self.embed_tokens.weight.dtype, device)
+        while any(running):
+            if cache is None or fresh:  # read the whole contexts, right-padded: causality hides the padding from what is real
+                lengths = [len(context) for context in contexts]
+                rows = [context + [0] * (max(lengths) - len(context)) for context in contexts]
+            else:
+                lengths, rows = [1] * len(prompts), [context[-1:] for context in contexts]
+            if cache is not None and fresh:
+                cache.reset()
+            x = self.hidden(torch.tensor(rows, device=device), cache, lengths)
+            last = torch.tensor(lengths, device=device) - 1
+            logits = self.lm_head(x[torch.arange(len(rows), device=device), last]).float()  # (B, V)
+            tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
+            fresh = False
+            for row, token in enumerate(tokens):
+                if len(contexts[row]) == limit:  # the cached positions of what stays would change: read it anew
+                    contexts[row], fresh = contexts[row][-(limit // 2) :], True
+                contexts[row].append(token)
+                if running[row] and token not in stop_tokens:
+                    new[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+                running[row] = running[row] and token not in stop_tokens and len(new[row]) < max_new_tokens
+        return new
+
+    def parameter_groups(self, weight_decay):
+        """AdamW's two groups. Matrices of linear layers and embeddings decay; vectors, norms, lambdas and compositions do
+        not: decay would pull `compose_*` away from the identity it starts at."""
+        decayed = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+        parameters = list(self.parameters())
+        return [
+            dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
+            dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
+        ]
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+
+def token_loss(x, weight, targets):
+    """Mean cross-entropy, in nats, of logits x @ weight^T: x (N, C), weight (V, C), targets (N)."""
+    if hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling():  # torch 2.13: N x V is computed in pieces
+        return F.linear_cross_entropy(x, weight.to(x.dtype), targets, options=nn.LinearCrossEntropyOptions())
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def check_sampling(max_new_tokens, temperature, top_k, top_p):
+    """Raise ValueError for sampling settings that make no sense."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, V) logits -> (B) ids: see `GPT.generate`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = torch.sort(logits / temperature, dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -math.inf
+    probabilities = logits.softmax(-1)
+    if top_p is not None:  # the token that crosses top_p stays, so at least one does
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a dict of tensors, numbers, strings, lists and dicts, so that it can be read without unpickling code
+
+FORMAT = "nanomea-1"
+
+
+def save_checkpoint(folder, state):
+    """Write `state` as folder/checkpoint.pt and keep the one before as checkpoint.prev.pt. Raises OSError.
+
+    Written beside, flushed to the disk, then renamed: a kill or a full disk at any moment leaves a whole checkpoint.
+    """
+    folder = Path(folder)
+    new, current = folder / "checkpoint.tmp", folder / "checkpoint.pt"
+    try:
+        with open(new, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+        new.unlink(missing_ok=True)
+        kept = f"{current} is still the one from before" if current.exists() else "there is no earlier one"
+        reason = error.strerror if isinstance(error, OSError) else "the disk is full or the file could not be written"
+        raise OSError(f"could not save a checkpoint in {folder} ({reason}); {kept}") from error
+    if current.exists():
+        os.replace(current, folder / "checkpoint.prev.pt")
+    os.replace(new, current)
+    if os.name == "posix":  # the renames themselves must survive a power cut
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def find_checkpoint(path):
+    """The checkpoint file that `path` (a run folder or a file) means. Raises FileNotFoundError."""
+    path = Path(path)
+    candidates = [path] if path.is_file() else [path / "checkpoint.pt", path / "checkpoint.prev.pt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"no checkpoint at {path}: give a run folder that train.py made, or a checkpoint.pt in it")
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model in eval mode, state) from a run folder or a checkpoint file. Raises FileNotFoundError or ValueError.
+
+    Nothing in the file is executed: it is read with weights_only=True, and its config and weights are checked.
+    """
+    path = find_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        previous = path.with_name("checkpoint.prev.pt")
+        hint = f"; the one before it is {previous}" if previous.is_file() and previous != path else ""
+        code = "weights_only" in str(error).lower() or "weights only" in str(error).lower()
+        what = "holds more than weights (pickled code is never run)" if code else "is damaged or not a checkpoint"
+        raise ValueError(f"{path} {what}{hint}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r} is missing)")
+    try:
+        model = GPT(GPTConfig(**state["config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold a whole model: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, for every program here: the options are the fields of one dataclass
+
+
+def option(default, help, choices=None):
+    """A dataclass field that `parse_options` turns into --name."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+def parse_options(cls, argv=None, presets=None):
+    """An instance of dataclass `cls` from the command line, and the set of names that were given there.
+
+    A preset (--preset, looked up in `presets`) changes defaults; what is given beside it wins. Anything wrong ends the program
+    with one line and exit code 2.
+    """
+    program = sys.modules[cls.__module__]
+    parser = OneLineParser(description=program.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(cls):
+        kind = next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
+        default = "" if f.default in (None, "") else f" (default {f.default})"
+        extra = dict(nargs="?", const=True, type=yes_or_no, metavar="yes|no") if kind is bool else dict(type=kind, choices=f.metadata["choices"])
+        if kind is not bool and not f.metadata["choices"]:
+            extra["metavar"] = kind.__name__
+        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + default, **extra)
+    given = vars(parser.parse_args(argv))
+    chosen = {}
+    if presets:
+        chosen = presets[given.get("preset") or next(f.default for f in fields(cls) if f.name == "preset")]
+    return cls(**{**chosen, **given}), set(given)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists the options)")
+
+
+def yes_or_no(text):
+    if text.lower() in ("yes", "true", "1", "on"):
+        return True
+    if text.lower() in ("no", "false", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+
+
+def fail(message):
+    """End the program: one line on standard error, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass
+class Options:
+    preset: str = option("small", "shape of the model", list(PRESETS))
+    attention: str = option("mea", "attention of every layer", list(ATTENTION))
+    head_norm: bool | None = option(None, "RMS norm on each head's output (default: on for dfa and mea)")
+    n_layer: int | None = option(None, "layers")
+    n_head: int | None = option(None, "attention heads")
+    n_kv_head: int | None = option(None, "cached key/value heads")
+    n_embd: int | None = option(None, "width of the model")
+    block_size: int | None = option(None, "positions in a training window")
+    vocab_size: int = option(50257, "tokens in the vocabulary")
+
+
+def main(argv=None):
+    options, _ = parse_options(Options, argv)
+    shape = {name: value for name, value in vars(options).items() if name != "preset" and value is not None}
+    try:
+        config = GPTConfig(**{**PRESETS[options.preset], **shape})
+    except ValueError as error:
+        fail(error)
+    with torch.device("meta"):  # shapes without memory: the largest preset is 1.5 billion parameters
+        model = GPT(config)
+    embeddings = model.embed_tokens.weight.numel() * (1 if config.tie_embeddings else 2)
+    print(f"preset {options.preset}, {config.attention}, {config.n_layer} layers, {config.n_head} heads of {config.head_dim}, width {config.n_embd}")
+    print(f"  parameters                 {model.n_params():>16,}   of which embeddings and head {embeddings:,}")
+    print(f"  FLOPs per training token   {config.flops_per_token():>16,}   forward and backward, at {config.block_size} positions")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        per_token = config.kv_bytes_per_token(dtype)
+        print(f"  cached bytes per token     {per_token:>16,}   {name}; {per_token * config.block_size / 2**20:,.1f} MiB for {config.block_size} positions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Text from a checkpoint: `python sample.py --checkpoint out/small --prompt "def "`. Read `model.GPT.generate` for how.
+
+The text streams to standard output as it comes; what it cost (tokens per second, bytes of the cache) goes to standard error.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import load_tokenizer
+from model import KVCache, check_sampling, fail, find_checkpoint, load_checkpoint, option, parse_options
+from train import choose_device
+
+
+@dataclass
+class Options:
+    checkpoint: str = option("out/small", "run folder, or a checkpoint file in one")
+    prompt: str = option("", "text to go on from (default: the start of a document)")
+    prompt_file: str = option("", "read the prompt from this file; - is standard input")
+    num_samples: int = option(1, "continuations to write")
+    max_new_tokens: int = option(200, "tokens of each")
+    temperature: float = option(0.8, "0 takes the likeliest token every time")
+    top_k: int | None = option(50, "draw among this many of the likeliest tokens; 0 for all")
+    top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this")
+    seed: int = option(0, "of the first sample; the next one takes the next number")
+    no_cache: bool = option(False, "compute every token from the whole context: slow, and the same text at temperature 0")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    threads: int = option(0, "CPU threads (0: as many as cores)")
+
+
+def read_prompt(o):
+    if o.prompt and o.prompt_file:
+        raise ValueError("prompt and prompt_file are both given: leave one out")
+    if not o.prompt_file:
+        return o.prompt
+    raw = sys.stdin.buffer.read() if o.prompt_file == "-" else Path(o.prompt_file).read_bytes()
+    return raw.decode("utf-8", errors="replace")
+
+
+def main(argv=None):
+    o, _ = parse_options(Options, argv)
+    try:
+        if o.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {o.num_samples}")
+        if o.threads < 0:
+            raise ValueError(f"threads must be at least 0, not {o.threads}")
+        check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
+        prompt = read_prompt(o)
+        device = choose_device(o.device)
+        model, _ = load_checkpoint(o.checkpoint, device)
+        tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"the tokenizer beside {o.checkpoint} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}")
+    except (ValueError, OSError) as error:
+        fail(error)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+
+    count, began = 0, time.monotonic()
+    for sample in range(o.num_samples):
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+        sys.stdout.write(prompt)
+
+        def show(_, token):
+            sys.stdout.write(text.decode(tokenizer.decode_bytes([token])))
+            sys.stdout.flush()
+
+        new = model.generate(
+            [tokens], o.max_new_tokens, temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, seed=o.seed + sample,
+            stop_tokens=(tokenizer.end_of_text,), use_cache=not o.no_cache, on_token=show,
+        )  # fmt: skip
+        count += len(new[0])
+        sys.stdout.write(text.decode(b"", final=True) + ("\n" if sample + 1 == o.num_samples else "\n\n" + "-" * 80 + "\n"))
+    seconds = time.monotonic() - began
+    positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
+    cache = "no cache" if o.no_cache else (
+        f"cache {KVCache(model.config, 1, positions).nbytes:,} bytes ({model.config.kv_bytes_per_token():,} a token, {positions} positions)"
+    )
+    print(f"{count} tokens, {count / seconds:,.1f} tokens/s, {cache}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The equalities between the four attentions (README, "One formula, four attentions"), causality, caching, memory."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from attention import ATTENTION, DFA, MEA, MHA, HeadNorm, TalkingHeads, apply_rope, causal_attention, compose_heads, rms_norm, rope_table
+from model import GPTConfig, KVCache
+
+# odd sizes on purpose: batch 3, 17 positions, heads 6 wide
+B, T, C, H, D = 3, 17, 24, 4, 6
+ROPE = rope_table(64, D)
+
+
+def make(attention, *, seed=0, n_kv_head=None, scramble=True, **fields):
+    """A layer in float64 whose parameters, norms and mixes included, are all random: nothing cancels by being 0 or 1."""
+    torch.manual_seed(seed)
+    fields = {"vocab_size": 11, "block_size": 64, "n_layer": 1, "n_head": H, "n_embd": C, **fields}
+    layer = ATTENTION[attention](GPTConfig(attention=attention, n_kv_head=n_kv_head, **fields), 0).double()
+    if scramble:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def inputs(seed=1, batch=B, length=T):
+    return torch.randn(batch, length, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+def rope(start, stop):
+    return tuple(table[start:stop] for table in ROPE)
+
+
+def assert_same(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_function(first, second, shared, x):
+    """Equal outputs, equal gradients of the input, and equal gradients of the parameters in `shared`."""
+    outputs, gradients = [], []
+    for layer in (first, second):
+        leaf = x.detach().clone().requires_grad_()
+        y = layer(leaf, rope(0, x.size(1)))
+        weights = [leaf] + [layer.get_parameter(name) for name in shared]
+        gradients.append(torch.autograd.grad((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum(), weights))
+        outputs.append(y)
+    assert_same(*outputs)
+    for a, b in zip(*gradients):
+        assert_same(a, b)
+
+
+def copy_shared(source, target):
+    own = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if name in own and own[name].shape == parameter.shape:
+                own[name].copy_(parameter)
+
+
+PROJECTIONS = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+VARIANTS = [(name, norm) for name in ATTENTION for norm in (False, True)]
+
+# --- The unified view (paper, section 4.3)
+
+
+@pytest.mark.parametrize("form", ["compose", "fold", "absorb"])
+def test_identity_composition_without_norm_is_mha(form):
+    mha, mea = make("mha"), make("mea", head_norm=False, mea_form=form)
+    copy_shared(mha, mea)
+    with torch.no_grad():
+        mea.compose_k.copy_(torch.eye(H)), mea.compose_v.copy_(torch.eye(H))
+    assert_same_function(mha, mea, PROJECTIONS, inputs())
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+@pytest.mark.parametrize("norm", [False, True])
+def test_one_hot_composition_is_grouped_query_attention(n_kv_head, norm):
+    gqa, mea = make("mha", n_kv_head=n_kv_head, head_norm=norm), make("mea", n_kv_head=n_kv_head, head_norm=norm)
+    copy_shared(gqa, mea)
+    with torch.no_grad():
+        for weight in (mea.compose_k, mea.compose_v):
+            weight.zero_()
+            for h in range(H):
+                weight[h * n_kv_head // H, h] = 1
+    assert_same_function(gqa, mea, PROJECTIONS, inputs())
+
+
+def test_mea_starts_as_mha_or_gqa_with_the_norm():
+    for n_kv_head in (1, 2, 4):
+        mha = make("mha", n_kv_head=n_kv_head, head_norm=True, scramble=False)
+        mea = make("mea", n_kv_head=n_kv_head, scramble=False)
+        copy_shared(mha, mea)
+        assert_same(mha(inputs(), rope(0, T)), mea(inputs(), rope(0, T)))
+
+
+def test_rope_commutes_with_composition():
+    k, weight = torch.randn(B, 3, T, D, dtype=torch.float64), torch.randn(3, H, dtype=torch.float64)
+    rotate = lambda heads: apply_rope(heads.transpose(1, 2), rope(0, T)).transpose(1, 2)
+    assert_same(rotate(compose_heads(k, weight)), compose_heads(rotate(k), weight))
+
+
+def test_rope_is_the_half_rotation_of_llama():
+    x = torch.randn(1, 5, 1, D, dtype=torch.float64)
+    y = apply_rope(x, rope(0, 5))
+    for t in range(5):
+        for i in range(D // 2):
+            turn = torch.polar(torch.ones((), dtype=torch.float64), torch.tensor(t * 10000.0 ** (-2 * i / D), dtype=torch.float64))
+            pair = torch.complex(x[0, t, 0, i], x[0, t, 0, i + D // 2]) * turn
+            assert_same(torch.stack((y[0, t, 0, i], y[0, t, 0, i + D // 2])), torch.stack((pair.real, pair.imag)), 1e-6)
+
+
+def test_composition_is_the_formula():
+    components, weight = torch.randn(B, 3, T, D), torch.randn(3, H)
+    expected = torch.stack([sum(weight[c, h] * components[:, c] for c in range(3)) for h in range(H)], dim=1)
+    assert_same(compose_heads(components, weight), expected, 1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, [[3, 2]]], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_three_forms_of_mea_agree(heads, norm, bias):
+    composed, *others = (
+        make("mea", n_kv_head=heads, head_norm=norm, attention_bias=bias, mea_form=form) for form in ("compose", "fold", "absorb", "auto")
+    )
+    names = [name for name, _ in composed.named_parameters()]
+    for other in others:
+        assert_same_function(composed, other, names, inputs())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fold_gives_the_equal_mha(norm, bias):
+    mea = make("mea", head_norm=norm, attention_bias=bias)
+    mha = mea.fold()
+    assert type(mha) is MHA
+    shared = ["q_proj.weight", "o_proj.weight"] + ["head_norm.weight"] * norm
+    assert_same_function(mea, mha, shared, inputs())
+
+
+def test_compressed_mea_does_not_fold():
+    with pytest.raises(ValueError, match="2 and 2 for 4"):
+        make("mea", n_kv_head=2).fold()
+
+
+def test_differential_attention_without_norm_is_talking_heads_with_the_matrix_of_eq_27():
+    dfa, tha = make("dfa", head_norm=False), make("tha")
+    copy_shared(dfa, tha)
+    lam = torch.exp(dfa.lambda_q1 @ dfa.lambda_k1) - torch.exp(dfa.lambda_q2 @ dfa.lambda_k2) + dfa.lambda_init
+    with torch.no_grad():
+        tha.mix_logits.copy_(torch.eye(H))
+        tha.mix_weights.zero_()
+        for even in range(0, H, 2):  # both halves of a value are read by A_even - lambda A_odd
+            tha.mix_weights[even, even : even + 2] = 1
+            tha.mix_weights[even + 1, even : even + 2] = -lam
+    assert_same_function(dfa, tha, PROJECTIONS, inputs())
+
+
+# --- Each formula, written out once more with loops
+
+
+def plain_weights(q, k):
+    scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+
+
+def heads_of(projection, x, rotate=True):
+    heads = projection(x).view(B, T, -1, D)
+    return (apply_rope(heads, rope(0, T)) if rotate else heads).transpose(1, 2)
+
+
+@pytest.mark.parametrize("attention,norm", VARIANTS)
+@pytest.mark.parametrize("n_kv_head", [2, 4])
+def test_every_variant_is_its_formula(attention, norm, n_kv_head):
+    layer, x = make(attention, n_kv_head=n_kv_head, head_norm=norm), inputs()
+    q, k, v = heads_of(layer.q_proj, x), heads_of(layer.k_proj, x), heads_of(layer.v_proj, x, rotate=False)
+    outputs = []
+    if attention == "mha":
+        for h in range(H):
+            outputs.append(plain_weights(q[:, h], k[:, h * n_kv_head // H]) @ v[:, h * n_kv_head // H])
+    elif attention == "mea":
+        for h in range(H):
+            key = sum(layer.compose_k[c, h] * k[:, c] for c in range(n_kv_head))
+            value = sum(layer.compose_v[c, h] * v[:, c] for c in range(n_kv_head))
+            outputs.append(plain_weights(q[:, h], key) @ value)
+    elif attention == "tha":
+        k, v = (heads.repeat_interleave(H // n_kv_head, dim=1) for heads in (k, v))
+        logits = [q[:, h] @ k[:, h].transpose(1, 2) / D**0.5 for h in range(H)]
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        maps = []
+        for g in range(H):
+            mixed = sum(layer.mix_logits[h, g] * logits[h] for h in range(H))
+            maps.append(mixed.masked_fill(future, -torch.inf).softmax(-1))
+        for f in range(H):
+            outputs.append(sum(layer.mix_weights[g, f] * maps[g] for g in range(H)) @ v[:, f])
+    else:
+        lam = torch.exp(layer.lambda_q1 @ layer.lambda_k1) - torch.exp(layer.lambda_q2 @ layer.lambda_k2) + 0.2
+        for pair in range(H // 2):
+            group = pair * n_kv_head // H
+            value = torch.cat((v[:, 2 * group], v[:, 2 * group + 1]), dim=-1)
+            first, second = (plain_weights(q[:, 2 * pair + i], k[:, 2 * group + i]) for i in (0, 1))
+            outputs.append((first - lam * second) @ value)
+    if norm:
+        for h, y in enumerate(outputs):
+            outputs[h] = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * layer.head_norm.weight[h]
+            if attention == "dfa":
+                outputs[h] = outputs[h] * (1 - 0.2)  # lambda_init of layer 0
+    assert_same(layer(x, rope(0, T)), layer.o_proj(torch.cat(outputs, dim=-1)))
+
+
+def test_rms_norm_and_its_gradients():
+    x = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    for shape in ((6,), (4, 6)):
+        weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad():
+            weight.view(-1)[0] = 0.0  # a gain of 0 is not divided by
+        plain = lambda x, weight: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+        # the reduction is in float32 by design
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight), rtol=1e-6, atol=1e-6)
+        grad = torch.randn_like(x)
+        for mine, theirs in zip(torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), grad), torch.autograd.grad(plain(x, weight), (x, weight), grad)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_head_norm_makes_every_head_unit_sized_whatever_its_scale():
+    x = torch.randn(2, 5, H, D) * torch.tensor([1e-2, 1.0, 10.0, 1e3])[:, None]
+    assert_same(HeadNorm(H, D, 1e-12)(x).square().mean(-1), torch.ones(2, 5, H), 1e-4)
+
+
+# --- Talking-Heads in blocks
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 16])
+def test_talking_heads_in_blocks_is_the_plain_formula(block):
+    plain, blocked = make("tha"), make("tha")
+    blocked.block = block
+    assert plain.block >= T
+    assert_same_function(plain, blocked, [name for name, _ in plain.named_parameters()], inputs())
+
+
+def test_talking_heads_memory_is_linear_in_the_sequence():
+    """No tensor kept for the backward, or made on the way, is as large as a whole attention map."""
+    layer, length = make("tha"), 64
+    layer.block = 8
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        layer(inputs(length=length), rope(0, length)).sum().backward()
+    assert largest <= B * H * layer.block * length  # a block of queries against all keys; a whole map has 64/8 times as many
+
+
+# --- Causality, caching, dropout, precision
+
+
+@pytest.mark.parametrize("attention,norm", VARIANTS)
+def test_a_future_token_changes_nothing(attention, norm):
+    layer, x = make(attention, head_norm=norm), inputs()
+    for t in (0, 7, T - 2):
+        changed = x.detach().clone()
+        changed[:, t + 1 :] += torch.randn_like(changed[:, t + 1 :])
+        a, b = layer(x, rope(0, T)), layer(changed, rope(0, T))
+        assert_same(a[:, : t + 1], b[:, : t + 1])
+        assert not torch.allclose(a[:, t + 1 :], b[:, t + 1 :])
+
+
+CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)] + [("mea", norm, n) for norm in (False, True) for n in (1, 3)]
+
+
+@pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
+@pytest.mark.parametrize("chunks", [[T], [9, 8], [1, 5, 11], [1] * T], ids=["one", "two", "three", "one by one"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cached_equals_uncached(attention, norm, n_kv_head, chunks, batch):
+    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head)
+    layer, x = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(batch=batch)
+    assert_same(torch.cat(list(in_chunks(layer, config, x, chunks)), dim=1), layer(x, rope(0, T)))
+
+
+@pytest.mark.parametrize("form", ["compose", "absorb", "fold"])
+@pytest.mark.parametrize("chunks", [[9, 8], [1] * T], ids=["two", "one by one"])
+def test_every_form_of_mea_can_cache(form, chunks):
+    heads = 4 if form == "fold" else [[3, 1]]
+    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=heads)
+    layer, x = make("mea", n_kv_head=heads, mea_form=form), inputs()
+    assert_same(torch.cat(list(in_chunks(layer, config, x, chunks)), dim=1), layer(x, rope(0, T)))
+
+
+def in_chunks(layer, config, x, chunks):
+    cache = KVCache(config, x.size(0), T, torch.float64)
+    start = 0
+    for n in chunks:
+        yield layer(x[:, start : start + n], rope(start, start + n), cache.layers[0])
+        start += n
+        cache.lengths = [start] * x.size(0)
+
+
+@pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
+def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
+    """Rows hold 3, 9 and 6 real positions; each then gets 2 more and must see only its own."""
+    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head)
+    layer, x, lengths = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(), [3, 9, 6]
+    cache = KVCache(config, B, T, torch.float64)
+    layer(x[:, :9], rope(0, 9), cache.layers[0])  # rows 0 and 2 are padded, with garbage
+    cache.lengths = list(lengths)
+    whole = layer(x, rope(0, T))
+    positions = cache.positions(2)
+    new = torch.stack([x[row, n : n + 2] for row, n in enumerate(lengths)])
+    y = layer(new, tuple(table[positions] for table in ROPE), cache.layers[0])
+    assert_same(y, torch.stack([whole[row, n : n + 2] for row, n in enumerate(lengths)]))
+
+
+def test_folded_form_refuses_a_cache_with_fewer_heads():
+    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=2)
+    layer = make("mea", n_kv_head=2, mea_form="fold")
+    with pytest.raises(ValueError, match="use 'absorb'"):
+        layer(inputs(), rope(0, T), KVCache(config, B, T, torch.float64).layers[0])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_dropout_acts_in_training_only(attention):
+    layer, x = make(attention, dropout=0.5), inputs()
+    assert not torch.equal(layer(x, rope(0, T)), layer(x, rope(0, T)))
+    layer.eval()
+    assert torch.equal(layer(x, rope(0, T)), layer(x, rope(0, T)))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_dropout_keeps_the_expectation(attention):
+    layer, x = make(attention, dropout=0.2, head_norm=False), inputs(batch=1).detach()
+    with torch.no_grad():
+        mean = sum(layer(x, rope(0, T)) for _ in range(2000)) / 2000
+        exact = layer.eval()(x, rope(0, T))
+    assert (mean - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("attention,norm", VARIANTS)
+def test_bfloat16_autocast_stays_close(attention, norm):
+    layer = make(attention, head_norm=norm).float()
+    x = inputs().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(x, rope(0, T))
+    low.float().sum().backward()
+    exact = layer(x, rope(0, T))
+    assert low.dtype == torch.bfloat16
+    assert (low - exact).norm() / exact.norm() < 0.03
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("attention", ["mha", "dfa", "mea"])
+def test_no_attention_map_is_ever_written(attention):
+    """MHA, DFA and MEA go through fused kernels: nothing as large as B x H x T x T is allocated, DFA's wide values included."""
+    config = GPTConfig(vocab_size=11, block_size=256, n_layer=1, n_head=4, n_embd=64, attention=attention)
+    layer = ATTENTION[attention](config)
+    x = torch.randn(2, 256, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x, tuple(table[:256] for table in rope_table(256, 16)))
+    names = {event.key for event in profile.key_averages()}
+    assert not any("softmax" in name or "attention_math" in name for name in names)
+    fused = sum(event.count for event in profile.key_averages() if event.key == "aten::scaled_dot_product_attention")
+    assert fused == (2 if attention == "dfa" else 1)
+
+
+def test_variants_refuse_head_counts_they_cannot_have():
+    for attention, n_kv_head, n_head, words in (("mha", 3, 4, "divide"), ("tha", 3, 4, "divide"), ("dfa", 3, 3, "even"), ("dfa", 1, 4, "even"), ("mea", 5, 4, "between")):
+        with pytest.raises(ValueError, match=words):
+            GPTConfig(vocab_size=11, n_head=n_head, n_embd=8 * n_head, attention=attention, n_kv_head=n_kv_head)
+
+
+def test_only_the_norm_and_the_composition_add_parameters():
+    count = lambda layer: sum(p.numel() for p in layer.parameters())
+    mha = count(make("mha"))
+    assert count(make("mha", head_norm=True)) == mha + H * D
+    assert count(make("mea", head_norm=False)) == mha + 2 * H * H
+    assert count(make("mea")) == mha + 2 * H * H + H * D
+    assert count(make("tha")) == mha + 2 * H * H
+    assert count(make("dfa")) == mha + 4 * D + H * D
+    assert dataclasses.replace(GPTConfig(vocab_size=11, attention="mea"), attention="mha").head_norm is True
+    assert isinstance(make("tha"), TalkingHeads) and isinstance(make("dfa"), DFA) and isinstance(make("mea"), MEA)
+
+
+def test_causal_attention_of_grouped_queries():
+    q, k, v = torch.randn(B, 4, T, D), torch.randn(B, 2, T, D), torch.randn(B, 2, T, D)
+    assert_same(causal_attention(q, k, v), causal_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)), 1e-5)

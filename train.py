@@ -1,0 +1,449 @@
+"""Pretraining on a prepared data set: `python train.py` makes the default data, trains a small MEA model and samples.
+
+A run folder (--out_dir) holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metrics.jsonl (a line a step)
+and, with matplotlib, loss.png. A run that was stopped, or killed, goes on with --resume and ends with the same weights bit
+for bit on a CPU. Read `model.py` first and `sample.py` next.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads on a busy machine run 30 times slower
+
+import contextlib
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import model as gpt
+from data import prepare
+from data.dataset import WindowSampler, open_dataset, validation_windows
+from model import GPT, GPTConfig, load_checkpoint, option, parse_options, save_checkpoint
+
+DEFAULT_DATA = "data/python"
+
+# Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for GPUs,
+# with a larger corpus: see the README.
+TRAINING = {
+    "tiny": dict(batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
+    "small": dict(batch_size=16, max_steps=500, warmup_steps=50, learning_rate=3e-3, eval_every=100, save_every=100, eval_windows=128),
+    "base": dict(batch_size=16, grad_accum=30, max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512),
+    "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512),
+}  # fmt: skip
+PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
+
+
+@dataclass
+class Options:
+    preset: str = option("small", "model shape and training settings; every other option overrides its own", list(PRESETS))
+    # model
+    attention: str = option("mea", "attention of every layer", list(gpt.ATTENTION))
+    head_norm: bool | None = option(None, "RMS norm on each head's output (default: on for dfa and mea)")
+    mea_form: str = option("auto", "where MEA applies its composition", ["auto", "compose", "fold", "absorb"])
+    n_layer: int | None = option(None, "layers")
+    n_head: int | None = option(None, "attention heads")
+    n_kv_head: int | None = option(None, "key/value heads that are projected and cached (default: n_head)")
+    n_embd: int | None = option(None, "width of the model")
+    intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of n_embd, rounded up to 32)")
+    block_size: int | None = option(None, "positions in a training window")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    tie_embeddings: bool = option(False, "one matrix for the embedding and the output head")
+    dropout: float = option(0.0, "on attention weights and on what each sublayer adds")
+    # data and run
+    data_dir: str = option(DEFAULT_DATA, "prepared data set (see data/prepare.py)")
+    out_dir: str = option("", "run folder (default: out/<preset>)")
+    init_from: str = option("", "run folder or checkpoint whose weights to start from")
+    resume: bool = option(False, "go on with the run in out_dir")
+    overwrite: bool = option(False, "replace the run in out_dir")
+    # optimisation
+    max_steps: int = option(500, "optimiser steps")
+    batch_size: int = option(16, "windows in a micro-batch")
+    grad_accum: int = option(1, "micro-batches in a step")
+    learning_rate: float = option(3e-3, "peak of the schedule")
+    warmup_steps: int = option(50, "steps of linear warm-up")
+    schedule: str = option("cosine", "after warm-up: cosine to 10 %% of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
+    weight_decay: float = option(0.1, "AdamW's, on matrices only")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip")
+    seed: int = option(0, "of the weights, the order of the data and dropout")
+    # evaluation and saving
+    eval_every: int = option(100, "steps between evaluations")
+    eval_windows: int = option(128, "validation windows, always the same ones")
+    save_every: int = option(100, "steps between checkpoints")
+    # machine
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
+    compile: bool = option(False, "torch.compile the model: slow to start, then faster")
+    threads: int = option(0, "CPU threads (0: as many as cores)")
+
+
+# What --resume may change: the rest would make it another run.
+CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every", "device", "compile", "threads"}
+
+
+def check_options(o):
+    """Raise ValueError for a value out of its range."""
+    for name in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_windows", "save_every"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "threads", "seed"):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
+    if not 0 < o.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0, not {o.learning_rate}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(o, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(o, name)}")
+    if o.resume and o.overwrite:
+        raise ValueError("resume goes on with a run and overwrite replaces it: give one of them")
+    if o.resume and o.init_from:
+        raise ValueError("resume takes the run's own weights: leave init_from out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(name="auto"):
+    """torch.device for an option's text. Raises ValueError if this machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not available here; leave --device out or use cpu") from error
+    return device
+
+
+def choose_dtype(name, device):
+    """The autocast dtype: bfloat16 where the hardware multiplies it faster than float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:  # without bfloat16 instructions a CPU would convert back and forth
+        fast = device.type == "cpu" and any(
+            getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
+
+
+def utilisation(flops_per_second, device):
+    """Model FLOPs utilisation of a known GPU in bfloat16 (PaLM, appendix B), otherwise None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return flops_per_second / peak if peak else None
+
+
+def peak_memory(device):
+    """Largest memory so far in bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pieces of a step
+
+
+def learning_rate(o, step):
+    """The rate of update number `step`, counted from 0."""
+    if step < o.warmup_steps:
+        return o.learning_rate * (step + 1) / o.warmup_steps
+    if o.schedule == "constant":
+        return o.learning_rate
+    if o.schedule == "wsd":
+        decay = max(1, o.max_steps // 5)
+        return o.learning_rate * min(1.0, (o.max_steps - step) / decay)
+    progress = (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)
+    return o.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class SpikeCounter:
+    """Counts steps whose loss stands 6 standard deviations above its running mean (both exponential, over about 50 steps)."""
+
+    def __init__(self, count=0, seen=0, mean=0.0, variance=0.0):
+        self.count, self.seen, self.mean, self.variance = count, seen, mean, variance
+
+    def update(self, loss):
+        limit = self.mean + 6 * math.sqrt(self.variance)
+        if self.seen >= 20:
+            self.count += loss > limit
+            loss = min(loss, limit)  # a spike must not widen the band that the next one is measured by
+        self.seen += 1
+        weight = max(1 / self.seen, 0.02)
+        delta = loss - self.mean
+        self.mean += weight * delta
+        self.variance = (1 - weight) * (self.variance + weight * delta * delta)
+        return self.count
+
+
+@torch.no_grad()
+def evaluate(model, windows, batch_size, device, dtype):
+    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T)."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for start in range(0, len(windows[0]), batch_size):
+        x, y = (torch.from_numpy(part[start : start + batch_size]).to(device) for part in windows)
+        with autocast(device, dtype):
+            total += model(x, y)[1].item() * len(x)
+    model.train(was_training)
+    return total / len(windows[0])
+
+
+class Stop(Exception):
+    """The run ends early: a message and an exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def open_run(o, given):
+    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError."""
+    out = Path(o.out_dir or f"out/{o.preset}")
+    state = None
+    if o.resume:
+        _, state = load_checkpoint(out)
+        if not isinstance(state.get("options"), dict) or "optimizer" not in state:
+            raise ValueError(f"{out} holds weights without a training run to go on with: use --init_from {out}")
+        saved = Options(**state["options"])
+        for name in sorted(given - CHANGEABLE):
+            if getattr(o, name) != getattr(saved, name):
+                raise ValueError(f"this run has {name} {getattr(saved, name)}, not {getattr(o, name)}: leave it out to resume, or start another run")
+        o = Options(**{**asdict(saved), **{name: getattr(o, name) for name in given & CHANGEABLE}, "resume": True, "overwrite": False})
+    elif (out / "config.json").exists() or (out / "checkpoint.pt").exists():
+        if not o.overwrite:
+            raise ValueError(f"{out} already holds a run: give --resume to go on with it, --overwrite to replace it, or another --out_dir")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
+    o.out_dir = str(out)
+    check_options(o)
+
+    shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
+    config = GPTConfig(vocab_size=256, **shape)  # the vocabulary comes with the data: check all the rest first
+    if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists():
+        print(f"preparing the default data set in {o.data_dir}")
+        prepare.prepare(source="python", out_dir=o.data_dir)
+    dataset = open_dataset(o.data_dir)
+    config.vocab_size = dataset.vocab_size
+    if state is not None:
+        if state["data"]["fingerprint"] != dataset.fingerprint:
+            raise ValueError(f"{o.data_dir} is not the data set this run was trained on: give its own with --data_dir")
+        config = GPTConfig(**state["config"])
+    elif o.init_from:
+        _, state = load_checkpoint(o.init_from)
+        for name in sorted(given & set(state["config"])):
+            if getattr(o, name) != state["config"][name]:
+                raise ValueError(f"{o.init_from} has {name} {state['config'][name]}, not {getattr(o, name)}: leave it out")
+        if state["data"]["tokenizer"] != dataset.meta["tokenizer"]["sha256"]:
+            raise ValueError(f"{o.data_dir} was made with another tokenizer than {o.init_from}: prepare it with that one")
+        config = GPTConfig(**state["config"])
+    WindowSampler(dataset.train, config.block_size)
+    validation_windows(dataset.val, config.block_size, 1)
+    return o, config, dataset, state
+
+
+def train(o, config, dataset, state=None):
+    """Train as the options say and return the model. `state` is the checkpoint to resume or to take weights from."""
+    out = Path(o.out_dir)
+    device = choose_device(o.device)
+    dtype = choose_dtype(o.dtype, device)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
+    torch.manual_seed(o.seed)
+    model = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(o.weight_decay), lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=device.type in ("cpu", "cuda")
+    )
+    step, spikes = 0, SpikeCounter()
+    if state is not None:
+        model.load_state_dict(state["model"])
+    if o.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        step, spikes = state["step"], SpikeCounter(**state["spikes"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    first_step = step
+    del state
+    run = torch.compile(model) if o.compile else model
+    sampler = WindowSampler(dataset.train, config.block_size, o.seed)
+    windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
+    step_tokens = o.batch_size * o.grad_accum * config.block_size
+    prepare_folder(o, config, dataset, step)
+    print(
+        f"{config.attention} {'with' if config.head_norm else 'without'} head norm, {model.n_params():,} parameters, "
+        f"{len(dataset.train):,} tokens of {dataset.meta['source']}, {o.max_steps} steps of {step_tokens:,} tokens\n"
+        f"on {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''} in {str(dtype)[6:]}, run folder {out}"
+        + (f", resumed at step {step}" if step else "")
+    )
+
+    def save():
+        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+        data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"], bytes_per_token=dataset.meta["splits"]["val"]["bytes"] / len(dataset.val))
+        save_checkpoint(
+            out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rng=rng, config=asdict(config),
+                      options=asdict(o), data=data, spikes=vars(spikes))
+        )  # fmt: skip
+
+    def last_good():
+        saved = step // o.save_every * o.save_every
+        return f"the last good checkpoint is {out / 'checkpoint.pt'}" if saved > 0 or first_step else "no checkpoint was saved yet"
+
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number) if not signals else os._exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    model.train()
+    began = shown = time.monotonic()
+    try:
+        with open(out / "metrics.jsonl", "a", buffering=1) as metrics:
+            while step < o.max_steps:
+                started = time.monotonic()
+                rate = learning_rate(o, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                loss = 0.0
+                for micro_step in range(o.grad_accum):
+                    x, y = sampler.batch(step, o.batch_size, micro_step=micro_step, grad_accum=o.grad_accum)
+                    x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+                    with autocast(device, dtype):
+                        part = run(x, y)[1] / o.grad_accum
+                    part.backward()
+                    loss += part.item()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf).item()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise Stop(f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update; {last_good()}. "
+                               "Try a lower --learning_rate or more --warmup_steps", 1)  # fmt: skip
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                seconds = time.monotonic() - started
+                line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm,
+                            tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))  # fmt: skip
+                if (mfu := utilisation(config.flops_per_token() * step_tokens / seconds, device)) is not None:
+                    line["mfu"] = round(mfu, 4)
+                if step % o.eval_every == 0 or step == o.max_steps:
+                    line["val_loss"] = evaluate(run, windows, o.batch_size, device, dtype)
+                    line["val_bpb"] = dataset.bits_per_byte(line["val_loss"])
+                    line["peak_memory"] = peak_memory(device)
+                metrics.write(json.dumps(line) + "\n")
+                if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
+                    shown = time.monotonic()
+                    print_progress(line, o.max_steps, (shown - began) / (step - first_step))
+                if step % o.save_every == 0 or step == o.max_steps or signals:
+                    save()
+                if signals and step < o.max_steps:
+                    raise Stop(f"stopped by {signal.Signals(signals[0]).name} at step {step}, saved; go on with: python train.py --resume --out_dir {out}", 128 + signals[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    draw_losses(out)
+    return model
+
+
+def prepare_folder(o, config, dataset, step):
+    """Make the run folder, or, resuming, cut its metrics back to the checkpoint's step."""
+    out = Path(o.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    if step:
+        kept = []
+        for line in metrics.read_text().splitlines() if metrics.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half-written
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(metrics, "".join(line + "\n" for line in kept))
+    else:
+        for name in ("checkpoint.pt", "checkpoint.prev.pt", "metrics.jsonl", "loss.png"):
+            (out / name).unlink(missing_ok=True)
+        dataset.tokenizer.save(out)
+    data = dict(folder=o.data_dir, fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["name"])
+    content = dict(format=gpt.FORMAT, model=asdict(config), options=asdict(o), data=data, torch=torch.__version__)
+    write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_atomically(path, text):
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def print_progress(line, max_steps, seconds_per_step):
+    left = round(seconds_per_step * (max_steps - line["step"]))
+    text = f"step {line['step']:>5}/{max_steps}  loss {line['train_loss']:.3f}  "
+    if "val_loss" in line:
+        text += f"val {line['val_loss']:.4f} ({line['val_bpb']:.4f} bits per byte)  peak {line['peak_memory'] / 2**20:,.0f} MiB  "
+    if "mfu" in line:
+        text += f"MFU {line['mfu']:.1%}  "
+    if line["loss_spikes"]:
+        text += f"{line['loss_spikes']} spikes  "
+    print(f"{text}{line['tokens_per_second']:,.0f} tokens/s  ETA {left // 60}:{left % 60:02d}", flush=True)
+
+
+def draw_losses(out):
+    """loss.png from metrics.jsonl, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "val_loss" in line]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([line["tokens"] for line in lines], [line["train_loss"] for line in lines], lw=0.7, color="#9bb7d4", label="training")
+    axes.plot([line["tokens"] for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4, color="#c44e52", label="validation")
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    began = time.monotonic()
+    options, given = parse_options(Options, argv, PRESETS)
+    try:
+        options, config, dataset, state = open_run(options, given)
+        choose_device(options.device)
+        model = train(options, config, dataset, state)
+    except Stop as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        raise SystemExit(stop.code)
+    except (ValueError, OSError) as error:
+        gpt.fail(error)
+    tokenizer, out = dataset.tokenizer, options.out_dir
+    prompt = "def " if dataset.meta["source"] == "python" else "The "
+    new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), temperature=0.8, top_k=50, seed=options.seed)[0]
+    print(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    print(f"Done in {minutes} min {seconds} s. Try next:")
+    print(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
+    others = [name for name in gpt.ATTENTION if name != config.attention]
+    print(f"  python train.py --preset {options.preset} --attention {others[0]} --out_dir out/{options.preset}-{others[0]}    # or {', '.join(others[1:])}")
+    print(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")
+
+
+if __name__ == "__main__":
+    main()
