@@ -1,0 +1,1 @@
+"""Text to tokens: tokenizer.py (text <-> ids), dataset.py (prepared folders and batches), prepare.py (corpora -> folders)."""

@@ -1,0 +1,375 @@
+"""Tokenizers: text <-> token ids.
+
+Four kinds behind one small interface (`Tokenizer`), each saved as one self-contained JSON file, never a pickle:
+
+    byte        the 256 bytes of UTF-8, nothing to learn
+    bpe         byte-level byte-pair encoding, trained here (`train_bpe`), run by tiktoken
+    gpt2, ...   tiktoken's own vocabularies, from its cache folder (TIKTOKEN_CACHE_DIR) or the network
+    hf:FOLDER   the tokenizer.json of a Hugging Face folder, run by the `tokenizers` package
+
+All of them treat text as text: "<|endoftext|>" inside a document is thirteen ordinary characters. The one special
+token, `end_of_text`, is put between documents by data/prepare.py and by nothing else. Half of a surrogate pair is
+not text and has no UTF-8: it is replaced by U+FFFD before encoding, everything else comes back as it went in.
+
+Read next: data/dataset.py. `python data/tokenizer.py` trains a small vocabulary on this file and shows it.
+"""
+
+import hashlib
+import heapq
+import json
+import os
+import sys
+import threading
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import regex  # comes with tiktoken; `re` lacks \p{L}
+import tiktoken
+
+FILE_NAME = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+MAX_FILE_BYTES = 64 << 20  # the largest published tokenizer.json is about half of this
+MAX_VOCAB_SIZE = 1 << 20
+# Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation, space.
+# A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
+# costs no more to train on or to encode than prose; 32 encodes twice as fast as 64.
+SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}(?!\S)|\s{1,32}"
+
+
+class Tokenizer:
+    """What every kind offers. Subclasses give `name`, `vocab_size`, `end_of_text`, `_encode`, `_decode`, `_state`.
+
+    `vocab_size` counts `end_of_text`; all ids are in [0, vocab_size).
+    """
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, in order; no end-of-text tokens are added."""
+        return self._encode([well_formed(text) for text in texts])
+
+    def decode_bytes(self, tokens) -> bytes:
+        """The exact bytes the ids spell, which may end inside a character. ValueError for an id outside the vocabulary."""
+        tokens = [int(token) for token in tokens]
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} ({self.name})")
+        return self._decode(tokens)
+
+    def decode(self, tokens) -> str:
+        """As `decode_bytes`, with U+FFFD where the bytes are not UTF-8."""
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
+
+    def save(self, folder) -> dict:
+        """Writes FILE_NAME into `folder`; returns what meta.json says of it: name, file, sha256, vocab_size, end_of_text."""
+        state = {"format": 1, **self._state()}
+        content = json.dumps(state, ensure_ascii=True).encode()
+        with open(Path(folder) / FILE_NAME, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"name": self.name, "file": FILE_NAME, "sha256": hashlib.sha256(content).hexdigest(),
+                "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per byte of UTF-8; 256 is end-of-text."""
+
+    name, vocab_size, end_of_text = "byte", 257, 256
+
+    def _encode(self, texts):
+        return [list(text.encode()) for text in texts]
+
+    def _decode(self, tokens):
+        return b"".join(END_OF_TEXT.encode() if token == 256 else bytes([token]) for token in tokens)
+
+    def _state(self):
+        return {"kind": "byte"}
+
+
+class TiktokenTokenizer(Tokenizer):
+    """One of tiktoken's own vocabularies ("gpt2", "cl100k_base", ...)."""
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding):
+        self.name, self.encoding = name, encoding
+        self.vocab_size, self.end_of_text = encoding.n_vocab, encoding.eot_token
+
+    def _encode(self, texts):
+        if len(texts) == 1 or sum(map(len, texts)) < 500 * len(texts):  # handing a short text to a thread costs more
+            return [self.encoding.encode_ordinary(text) for text in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def _decode(self, tokens):
+        return b"".join(map(self._spelling, tokens))
+
+    def _spelling(self, token):
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:  # some vocabularies have unused ids below n_vocab; they spell nothing
+            return b""
+
+    def _state(self):
+        return {"kind": "tiktoken", "name": self.name}
+
+
+class BPETokenizer(TiktokenTokenizer):
+    """A vocabulary trained here: ids 0..255 are the single bytes, then one id per merge, then end-of-text.
+
+    `merged` holds the bytes of ids 256, 257, ... The single bytes are implied, so no file can lack one.
+    """
+
+    def __init__(self, merged: list[bytes]):
+        tokens = [bytes([byte]) for byte in range(256)] + merged
+        self.merged = merged
+        super().__init__(f"bpe-{len(tokens) + 1}", tiktoken.Encoding(
+            "bpe", pat_str=SPLIT, mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={END_OF_TEXT: len(tokens)}))
+
+    def _state(self):
+        return {"kind": "bpe", "split": SPLIT, "merged": [token.decode("latin-1") for token in self.merged]}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json (its content, a dict), run by the `tokenizers` package.
+
+    Byte-level ones (GPT-2, Llama 3, Qwen) are exact. One with a normaliser gives back its normalised text, which
+    is said once on stderr; its `decode_bytes` is exact for whole texts, not token by token.
+    """
+
+    def __init__(self, name: str, content: dict, end_of_text: int):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError("hf: tokenizers need the `tokenizers` package: pip install tokenizers") from None
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            vocab = self.tokenizer.get_vocab()
+            self.vocab_size = max(vocab.values()) + 1
+            decoder = content.get("decoder") or {}
+            self.byte_of = _byte_level_alphabet() if '"ByteLevel"' in json.dumps(decoder) else None
+            self.name, self.content, self.end_of_text = name, content, end_of_text
+            probe = " Round  trip:\tcafé \U0001f642\n"
+            exact = self.decode(self.encode(probe)) == probe
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic inside the package is no Exception
+            raise ValueError(f"{name} is not a usable tokenizer.json: {_one_line(error)}") from None
+        if not 0 <= end_of_text < self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"{name}: end-of-text id {end_of_text} or vocabulary size {self.vocab_size} is out of range")
+        if not exact:
+            print(f"note: {name} does not give back every text exactly (it normalises)", file=sys.stderr)
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Reads FOLDER/tokenizer.json; end-of-text is tokenizer_config.json's eos_token, or a usual spelling of it."""
+        content = read_json(Path(folder) / FILE_NAME, MAX_FILE_BYTES)
+        config = Path(folder) / "tokenizer_config.json"
+        eos = read_json(config, MAX_FILE_BYTES).get("eos_token") if config.exists() else None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        tokenizer = cls(f"hf:{Path(folder).resolve().name}", content, 0)
+        names = [eos] if isinstance(eos, str) else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
+        ids = [tokenizer.tokenizer.token_to_id(name) for name in names]
+        if all(token is None for token in ids):
+            raise ValueError(f"{folder}: no end-of-text token; looked for {', '.join(names)} in {FILE_NAME}")
+        tokenizer.end_of_text = next(token for token in ids if token is not None)
+        return tokenizer
+
+    def _encode(self, texts):
+        return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def _decode(self, tokens):
+        if self.byte_of is None:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False).encode()
+        pieces = [self.tokenizer.id_to_token(token) or "" for token in tokens]
+        return b"".join(bytes(self.byte_of[c] for c in piece) if all(c in self.byte_of for c in piece)
+                        else piece.encode() for piece in pieces)
+
+    def _state(self):
+        return {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
+
+
+def train_bpe(texts, vocab_size: int) -> BPETokenizer:
+    """Learns a byte-level BPE (Sennrich et al. 2016) of `vocab_size` tokens, end-of-text included, from an iterable of str.
+
+    The most frequent adjacent pair becomes a token, again and again; ties go to the smaller pair of ids. Counting runs
+    over unique pre-tokens, and a merge touches only those that hold the pair. Where no pair occurs twice any more
+    the vocabulary stays smaller, which is said on stderr. ValueError unless 257 <= vocab_size <= MAX_VOCAB_SIZE.
+    """
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"a bpe vocabulary has 257 (the bytes and end-of-text) to {MAX_VOCAB_SIZE} tokens, not {vocab_size}")
+    split, words = regex.compile(SPLIT), Counter()
+    for text in texts:
+        words.update(split.findall(well_formed(text)))
+    sequences, frequency = [list(word.encode()) for word in words], list(words.values())
+
+    tokens = [bytes([byte]) for byte in range(256)]
+    count, holders = Counter(), defaultdict(list)  # pair -> occurrences; pair -> indices of sequences (may repeat)
+    for i, sequence in enumerate(sequences):
+        for pair in zip(sequence, sequence[1:]):
+            count[pair] += frequency[i]
+            holders[pair].append(i)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+
+    while len(tokens) < vocab_size - 1 and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != count[pair]:  # counts fall without touching the heap: put a stale entry back in its place
+            if count[pair] > 1:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        if -n < 2:
+            break
+        # These bytes are new: merging from the left cuts a stretch between two token borders as if it stood alone, so
+        # had another pair spelled them before, they would be one token everywhere by now.
+        new, change = len(tokens), Counter()
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for i in set(holders.pop(pair)):
+            old, sequences[i] = sequences[i], _merge(sequences[i], pair, new)
+            for before in zip(old, old[1:]):
+                change[before] -= frequency[i]
+            for after in zip(sequences[i], sequences[i][1:]):
+                change[after] += frequency[i]
+                if new in after:
+                    holders[after].append(i)
+        for changed, by in change.items():
+            count[changed] += by
+            if by > 0:
+                heapq.heappush(heap, (-count[changed], changed))
+    if len(tokens) < vocab_size - 1:
+        print(f"note: no pair occurs twice any more: {len(tokens) + 1} tokens instead of {vocab_size}", file=sys.stderr)
+    return BPETokenizer(tokens[256:])
+
+
+def get_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer named "byte", "hf:FOLDER" or as tiktoken names it; ("bpe" has to be trained).
+
+    Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec.startswith("hf:"):
+        return HuggingFaceTokenizer.from_folder(spec[3:])
+    if spec not in tiktoken.list_encoding_names():
+        raise ValueError(f"no tokenizer {spec!r}: choose byte, bpe, hf:FOLDER or one of {', '.join(tiktoken.list_encoding_names())}")
+    return TiktokenTokenizer(spec, _load_encoding(spec))
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file). ValueError if the file is not sound."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    state = read_json(path, MAX_FILE_BYTES)
+    kind = state.get("kind")
+    if type(state.get("format")) is not int or state["format"] != 1 or kind not in ("byte", "bpe", "tiktoken", "hf"):
+        raise ValueError(f"{path} is not a tokenizer file of this program (format 1, kind byte, bpe, tiktoken or hf)")
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "bpe":
+        merged = state.get("merged")
+        if state.get("split") != SPLIT:
+            raise ValueError(f"{path}: 'split' is not the pattern of this program")
+        if not isinstance(merged, list) or len(merged) > MAX_VOCAB_SIZE or not all(
+                isinstance(token, str) and 2 <= len(token) <= 4096 and max(token) <= "\xff" for token in merged):
+            raise ValueError(f"{path}: 'merged' is not a list of at least two bytes each, spelled in latin-1")
+        if len(set(merged)) < len(merged):
+            raise ValueError(f"{path}: 'merged' has the same token twice")
+        return BPETokenizer([token.encode("latin-1") for token in merged])
+    if not isinstance(state.get("name"), str) or len(state["name"]) > 200:
+        raise ValueError(f"{path}: 'name' is not a name")
+    if kind == "tiktoken":
+        if state["name"] not in tiktoken.list_encoding_names():
+            raise ValueError(f"{path}: tiktoken has no encoding {state['name']!r}")
+        return get_tokenizer(state["name"])
+    if type(state.get("end_of_text")) is not int or not isinstance(state.get("tokenizer"), dict):
+        raise ValueError(f"{path}: 'end_of_text' is not an integer or 'tokenizer' not an object")
+    return HuggingFaceTokenizer(state["name"], state["tokenizer"], state["end_of_text"])
+
+
+def read_json(path, max_bytes: int) -> dict:
+    """A JSON object from a file of at most `max_bytes`, or FileNotFoundError / ValueError in one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {max_bytes} are read")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _load_encoding(name: str, seconds: float = 120) -> tiktoken.Encoding:
+    """tiktoken downloads without a time-out: wait for it in a thread that may be left behind."""
+    outcome = []
+
+    def load():
+        try:
+            outcome.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome or isinstance(outcome[0], Exception):
+        reason = _one_line(outcome[0]) if outcome else f"no answer in {seconds:g} seconds"
+        raise OSError(f"tokenizer {name}: tiktoken could not load its files ({reason}); connect to the network once, set "
+                      "TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe")
+    return outcome[0]
+
+
+def _merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`sequence` with every occurrence of `pair`, from the left, replaced by `new`."""
+    merged, i = [], 0
+    while i < len(sequence):
+        if i + 1 < len(sequence) and (sequence[i], sequence[i + 1]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(sequence[i])
+            i += 1
+    return merged
+
+
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair that stands alone."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: the byte itself where it is printable in latin-1, else the next character from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+if __name__ == "__main__":
+    text = Path(__file__).read_text(encoding="utf-8")
+    bpe = train_bpe([text], 512)
+    line = "def encode(self, text: str):  # café \U0001f642"
+    for tokenizer in (ByteTokenizer(), bpe):
+        tokens = tokenizer.encode(line)
+        print(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, end of text is {tokenizer.end_of_text}; "
+              f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token of this file; "
+              f"round trip {tokenizer.decode(tokens) == line}")
+        print("   ", " ".join(repr(tokenizer.decode([token])) for token in tokens))
+    print("first merges:", " ".join(repr(token.decode("latin-1")) for token in bpe.merged[:24]))

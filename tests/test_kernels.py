@@ -1,0 +1,342 @@
+"""kernels.py against the formulas in fp64: every path, every gradient, odd lengths; compiled for GPUs that are not here."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+import kernels
+from kernels import compose_heads, head_norm, mea_attention, mea_decode
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+
+
+def relative_error(value, exact):
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def random_heads(B, n, T, D, dtype=torch.float32):
+    """(B, n, T, D) with the strides that a projection gives: (B, T, n * D) in memory."""
+    return torch.randn(B, T, n, D).to(DEVICE, dtype).transpose(1, 2)
+
+
+def random_problem(B, T, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32):
+    torch.manual_seed(B + T + D + H)
+    q, k, v = random_heads(B, H, T, D, dtype), random_heads(B, n_k, T, D, dtype), random_heads(B, n_v, T, D, dtype)
+    compose_k, compose_v = (torch.randn(n, H, device=DEVICE) / n**0.5 if composed else None for n in (n_k, n_v))
+    norm_weight = torch.randn(H, D, device=DEVICE) if norm else None  # about half of the gains are negative
+    if norm:
+        norm_weight[0, ::3] = 0  # a gain of exactly 0 must not be divided by
+    return [q, k, v, compose_k, compose_v, norm_weight]
+
+
+def in_fp64(tensors):
+    return [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """torch.empty returns NaN, so that whatever a kernel fails to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.ones(1).new_empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact_bf16(monkeypatch):
+    """Triton's interpreter multiplies the raw bits of bf16 tiles and truncates where GPUs round: compute with their values."""
+    if DEVICE == "cuda":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    builtin = {name: getattr(InterpreterBuilder, name) for name in ("create_dot", "cast_impl", "create_fp_to_fp")}
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, d, *arguments):
+        return builtin["create_dot"](self, widen(a), widen(b), d, *arguments)
+
+    def convert(name):
+        def cast(self, source, target, *arguments):
+            if target.scalar == tl.bfloat16:
+                rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+                return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+            return builtin[name](self, widen(source), target, *arguments)
+        return cast
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    for name in ("cast_impl", "create_fp_to_fp"):
+        monkeypatch.setattr(InterpreterBuilder, name, convert(name))
+
+
+# ---- prefill and its gradients --------------------------------------------------------------------------------------------
+
+
+def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.float32, composed=True):
+    """Forward and all gradients against autograd through the reference in fp64."""
+    inputs = [x if x is None else x.requires_grad_() for x in random_problem(*problem, dtype=dtype, composed=composed)]
+    exact_inputs = in_fp64(inputs)
+    out, exact = mea_attention(*inputs, path=path), mea_attention(*exact_inputs, path="reference")
+    assert out.dtype == dtype and not out.isnan().any()
+    assert relative_error(out, exact) < forward_bound
+    gradient = torch.randn_like(exact)
+    wanted = [i for i, x in enumerate(inputs) if x is not None]
+    gradients = torch.autograd.grad(out, [inputs[i] for i in wanted], gradient.to(dtype))
+    exact_gradients = torch.autograd.grad(exact, [exact_inputs[i] for i in wanted], gradient)
+    for i, got, true in zip(wanted, gradients, exact_gradients):
+        name = ("q", "k", "v", "compose_k", "compose_v", "norm_weight")[i]
+        assert not got.isnan().any(), name
+        # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of compose_v where
+        # a norm follows one value component, whose scale it removes. Their errors are compared with the gradient of v.
+        B, T, D, H, n_k, n_v, norm = problem
+        cancels = T == 1 or name == "compose_v" and n_v == 1 and norm
+        scale = max(true.norm(), exact_gradients[2].norm()) if cancels else true.norm()
+        assert ((got.double() - true).norm() / scale).item() < gradient_bound, name
+
+
+FEW = [(2, 77, 32, 4, 2, 2, True), (1, 128, 64, 2, 2, 1, False), (1, 17, 80, 4, 3, 2, True), (3, 1, 16, 3, 1, 2, True)]
+GRID = [(B, T, D, H, n, n, norm) for T in (1, 17, 64, 77, 128) for D in (16, 32, 64, 80)
+        for H, n in ((4, 4), (4, 2), (8, 3), (6, 1)) for norm in (True, False) for B in (1, 3)]
+
+
+@needs_triton
+@pytest.mark.parametrize("problem", FEW, ids=str)
+def test_fused_attention_and_its_gradients_equal_the_reference(problem):
+    check_attention("triton", 1e-5, 1e-5, *problem)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", GRID, ids=str)
+def test_fused_attention_and_its_gradients_equal_the_reference_everywhere(problem):
+    check_attention("triton", 1e-5, 1e-5, *problem)
+
+
+@needs_triton
+@pytest.mark.parametrize("problem", [pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
+                                     pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head")])
+def test_the_tiles_of_half_precision_give_the_same_numbers(problem):
+    check_attention("triton", 2e-3, 5e-3, *problem, dtype=torch.float16, composed=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str)
+def test_bf16_equals_the_reference(problem, exact_bf16):
+    check_attention("triton", 5e-3, 2e-2, *problem, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "reference"])
+@pytest.mark.parametrize("problem", FEW, ids=str)
+def test_the_paths_in_torch_equal_the_reference(problem, path):
+    check_attention(path, 1e-5, 1e-5, *problem)
+
+
+@needs_triton
+def test_any_strides_give_the_same_numbers_and_joining_heads_is_a_view():
+    q, k, v, compose_k, compose_v, norm_weight = random_problem(2, 40, 16, 3, 3, 3, True)
+    out = mea_attention(q, k, v, None, None, norm_weight, path="triton")
+    assert out.transpose(1, 2).reshape(2, 40, 48).data_ptr() == out.data_ptr()
+    strided = q.contiguous(), k.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([v, v], -1)[..., 0]
+    assert torch.equal(out, mea_attention(*strided, None, None, norm_weight, path="triton"))
+
+
+def test_composing_folded_heads_is_the_same_as_passing_none():
+    q, k, v, compose_k, compose_v, norm_weight = random_problem(2, 20, 16, 4, 2, 3, True)
+    composed = mea_attention(q, compose_heads(k, compose_k), compose_heads(v, compose_v), norm_weight=norm_weight)
+    torch.testing.assert_close(mea_attention(q, k, v, compose_k, compose_v, norm_weight), composed)
+
+
+def test_compose_heads_is_equation_10_and_head_norm_makes_unit_mean_squares():
+    x, weight = random_heads(2, 3, 5, 8), torch.randn(3, 4, device=DEVICE)
+    torch.testing.assert_close(compose_heads(x, weight), torch.einsum("bntd,nh->bhtd", x, weight))
+    normed = head_norm(x, torch.ones(3, 8, device=DEVICE), eps=0.0)
+    torch.testing.assert_close(normed.square().mean(-1), torch.ones(2, 3, 5, device=DEVICE))
+
+
+# ---- decode ---------------------------------------------------------------------------------------------------------------
+
+
+def check_decode(path, bound, B, S, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32, lengths=None):
+    """One step against the last row of attention without a cache. Cache positions past a row's length hold NaN."""
+    q, k, v, *weights = random_problem(B, S, D, H, n_k, n_v, norm, composed, dtype)
+    lengths = torch.full((B,), S) if lengths is None else torch.tensor(lengths)
+    cached_k, cached_v = k.clone(), v.clone()
+    for b, length in enumerate(lengths.tolist()):
+        cached_k[b, :, length:] = cached_v[b, :, length:] = float("nan") if path == "triton" else 1e3
+    last = torch.stack([q[b, :, length - 1 : length] for b, length in enumerate(lengths.tolist())])
+    given = None if (lengths == S).all() else lengths.to(DEVICE)
+    out = mea_decode(last, cached_k, cached_v, *weights, lengths=given, path=path)
+    assert out.shape == (B, H, 1, D) and out.dtype == dtype
+    exact = mea_attention(*in_fp64([q, k, v, *weights]), path="reference")
+    exact = torch.stack([exact[b, :, length - 1 : length] for b, length in enumerate(lengths.tolist())])
+    assert relative_error(out, exact) < bound
+
+
+LENGTHS = (1, 15, 16, 17, 100, 257)
+HEADS = [(4, 2, 2, True), (8, 3, 1, True), (6, 6, 6, False), (20, 2, 3, True)]  # H, n_k, n_v, composed
+
+
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("S", LENGTHS)
+def test_a_decoding_step_equals_the_last_row_without_a_cache(S, path):
+    H, n_k, n_v, composed = HEADS[S % 4]
+    check_decode(path, 1e-5, 1, S, 32, H, n_k, n_v, True, composed)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("H, n_k, n_v, composed", HEADS)
+@pytest.mark.parametrize("D", [16, 32, 64, 80])
+@pytest.mark.parametrize("S", LENGTHS)
+def test_a_decoding_step_equals_the_last_row_everywhere(S, D, H, n_k, n_v, composed, norm):
+    check_decode("triton", 1e-5, 2, S, D, H, n_k, n_v, norm, composed)
+
+
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("H, n_k, n_v, composed", HEADS[:3])
+def test_each_row_attends_to_its_own_length(H, n_k, n_v, composed, path):
+    check_decode(path, 1e-5, 3, 100, 16, H, n_k, n_v, True, composed, lengths=[1, 100, 33])
+
+
+@needs_triton
+def test_decode_in_bf16(exact_bf16):
+    check_decode("triton", 5e-3, 2, 100, 64, 8, 3, 2, True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+def test_folding_one_side_only_is_composing_it_with_the_identity(path):
+    q, k, v, _, compose_v, norm_weight = random_problem(1, 30, 16, 4, 4, 2, True)
+    exact = mea_attention(*in_fp64([q, k, v, None, compose_v, norm_weight]), path="reference")[:, :, -1:]
+    assert relative_error(mea_decode(q[:, :, -1:], k, v, None, compose_v, norm_weight, path=path), exact) < 1e-5
+
+
+# ---- dispatch -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_says_once_which_path_it_took_and_why(caplog):
+    kernels.say_once.cache_clear()
+    q, k, v, *weights = random_problem(1, 5, 16, 4, 2, 2, True)
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        for _ in range(3):
+            mea_attention(q, k, v, *weights)
+    said = [record.message for record in caplog.records if record.name == "kernels"]
+    assert len(said) == 1 and said[0].startswith("mea_attention takes the ")
+    if DEVICE == "cpu":
+        assert "sdpa path: Triton's interpreter is only for tests" in said[0] or kernels.triton is None
+
+
+def test_wrong_arguments_are_refused_with_what_is_wrong():
+    q, k, v, compose_k, compose_v, norm_weight = random_problem(2, 6, 16, 4, 2, 3, True)
+    for arguments, message in [
+        ((q, k, v), "2 key heads for 4 query heads need a composition matrix"),
+        ((q, k, v, compose_v, compose_k), r"key composition is \(3, 4\), not \(2, 4\)"),
+        ((q, k, v, compose_k, compose_v, norm_weight[:2]), r"norm_weight is \(2, 16\), not \(4, 16\)"),
+        ((q, k[:, :, :5], v[:, :, :5], compose_k, compose_v), "6 queries but 5 keys"),
+        ((q, k.double(), v, compose_k, compose_v), "must have one dtype"),
+        ((q, k, v[..., :8], compose_k, compose_v), "values of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mea_attention(*arguments)
+    with pytest.raises(ValueError, match="'fast' is none of"):
+        mea_attention(q, k, v, compose_k, compose_v, path="fast")
+    with pytest.raises(ValueError, match="one position"):
+        mea_decode(q, k, v, compose_k, compose_v)
+    with pytest.raises(ValueError, match="path='triton' is not possible: the kernels do not compute in torch.float64"):
+        mea_attention(*in_fp64([q, k, v, compose_k, compose_v]), path="triton") if kernels.triton else pytest.skip("no triton")
+    wide = torch.randn(1, 20, 1, 128, device=DEVICE)
+    with pytest.raises(ValueError, match="20 component heads of width 128 do not fit one program"):
+        mea_decode(wide, wide, wide, torch.eye(20, device=DEVICE), torch.eye(20, device=DEVICE), path="triton")
+
+
+def test_every_path_honours_eps_and_autocast():
+    inputs = random_problem(1, 9, 16, 4, 2, 2, True)
+    for path in ("reference", "sdpa") + (("triton",) if kernels.triton else ()):
+        out = mea_attention(*inputs, eps=10.0, path=path)
+        torch.testing.assert_close(out, mea_attention(*inputs, eps=10.0, path="reference"))
+        assert not torch.allclose(out, mea_attention(*inputs, path=path))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert mea_attention(*inputs).dtype == mea_decode(inputs[0][:, :, -1:], *inputs[1:]).dtype == torch.bfloat16
+
+
+def test_importing_never_needs_triton():
+    script = "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n" \
+             "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("None torch.Size([1, 2, 3, 16])"), done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_operators_pass_opcheck(norm):
+    torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
+    q, k, v, _, _, gain = [x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)]
+    torch.library.opcheck(kernels.flash, (q, k, v, gain, 1e-6, True))
+    with torch.no_grad():
+        out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
+        grad_inputs = (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
+        torch.library.opcheck(kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs))
+        one = q.detach()[:, :, :1]
+        torch.library.opcheck(kernels.decode, (one, k.detach(), v.detach(), None, None, None if gain is None else gain.detach(), None, 1e-6))
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("path", ["triton", "auto"])
+def test_works_under_torch_compile_without_graph_breaks(backend, path):
+    torch._dynamo.reset()
+    inputs = [x.requires_grad_() for x in random_problem(1, 20, 16, 4, 2, 2, True)]
+    step = lambda *inputs: mea_attention(*inputs, path=path).square().sum()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for got, eager in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs), inputs)):
+        torch.testing.assert_close(got, eager)
+    with torch.no_grad():
+        one = lambda *inputs: mea_decode(inputs[0][:, :, -1:], *inputs[1:], path=path)
+        torch.testing.assert_close(torch.compile(one, backend=backend, fullgraph=True)(*inputs), one(*inputs))
+
+
+# ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------------
+
+COMPILE = """
+import json, sys, kernels
+for launched in kernels.record_launches(kernels.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
+    row = kernels.compile_ahead(sys.argv[1], *launched)
+    row["wgmma"] = row.pop("asm").count("wgmma.mma_async")
+    print(json.dumps(row))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [16, 64, 80, 128])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, target, str(D)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["kernel"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert set(rows) == {"forward", "backward_prepare", "backward_dkdv", "backward_dq", "decode", "combine"}
+    for name, row in rows.items():
+        assert row["spill_bytes"] == 0, (name, row)
+        assert row["shared_bytes"] <= kernels.TARGETS[target][3] * 1024, (name, row)
+        if name in ("forward", "backward_dkdv", "backward_dq", "decode"):
+            assert row["matrix"] > 0, (name, row)
+            assert row["async_copies"] > 0 or target == "gfx942", (name, row)
+        if target == "sm_90" and name in ("forward", "backward_dkdv", "backward_dq"):
+            assert row["wgmma"] > 0, (name, row)

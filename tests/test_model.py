@@ -1,0 +1,319 @@
+"""The transformer: its loss, its cache, generation, checkpoints, and that it is Llama where it says so."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as gpt
+from attention import ATTENTION
+from model import GPT, GPTConfig, KVCache, load_checkpoint, sample_token, save_checkpoint
+
+BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
+
+
+def make(seed=0, **fields):
+    """A model with every parameter random, so that compositions, mixes and gains all matter."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**BASE, **fields})).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(37, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_loss_and_its_gradients_are_cross_entropy_of_the_logits(attention):
+    model, x, y = make(attention=attention), tokens(3, 17), tokens(3, 17, seed=2)
+    logits, none = model(x)
+    assert logits.shape == (3, 17, 37) and none is None
+    plain = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    _, loss = model(x, y)
+    torch.testing.assert_close(loss, plain)
+    weights = list(model.parameters())
+    for mine, theirs in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(plain, weights)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_model_starts_near_the_uniform_distribution(attention):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, block_size=32, n_layer=4, n_head=4, n_embd=64, attention=attention))
+    x = torch.randint(512, (4, 33))
+    assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(512)) < 0.3
+
+
+@pytest.mark.parametrize("head_norm", [False, True])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_four_lines_are_learned_by_heart(attention, head_norm):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**BASE, attention=attention, head_norm=head_norm))
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=1e-2)
+    data = tokens(4, 25)
+    for _ in range(120):
+        loss = model(data[:, :-1], data[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # the first tokens of the four lines differ, so everything can be known
+    assert loss.item() < 0.05
+
+
+# --- The cache
+
+SHAPES = [(name, n) for name in ATTENTION for n in (2, 4)] + [("mea", 3), ("mea", [[3, 1], [2, 4]])]
+
+
+@pytest.mark.parametrize("attention,n_kv_head", SHAPES)
+@pytest.mark.parametrize("chunks", [[17], [9, 8], [1] * 17], ids=["one", "two", "one by one"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cached_logits_equal_uncached(attention, n_kv_head, chunks, batch):
+    model, x = make(attention=attention, n_kv_head=n_kv_head), tokens(batch, 17)
+    cache = KVCache(model.config, batch, 17)
+    parts = [model(part, cache=cache)[0] for part in x.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention,n_kv_head", SHAPES)
+def test_cache_bytes_are_what_the_config_says(attention, n_kv_head):
+    config = GPTConfig(**BASE, attention=attention, n_kv_head=n_kv_head)
+    cache = KVCache(config, batch_size=3, max_length=20)
+    heads = [config.kv_heads(layer) for layer in range(2)]
+    assert cache.nbytes == 3 * 20 * sum(n_k + n_v for n_k, n_v in heads) * 6 * 4
+    assert cache.nbytes == 3 * 20 * config.kv_bytes_per_token()
+    assert cache.nbytes == sum(layer.k.untyped_storage().nbytes() + layer.v.untyped_storage().nbytes() for layer in cache.layers)
+    assert KVCache(config, 3, 20, torch.bfloat16).nbytes * 2 == cache.nbytes
+
+
+def test_half_the_component_heads_are_half_the_cache():
+    whole, half = (KVCache(GPTConfig(**BASE, n_kv_head=n), 1, 10).nbytes for n in (4, 2))
+    assert half * 2 == whole
+
+
+def test_more_positions_than_fit_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match="25 positions do not fit: the model holds 24"):
+        model(tokens(1, 25))
+    cache = KVCache(model.config, 1, 10)
+    model(tokens(1, 8), cache=cache)
+    with pytest.raises(ValueError, match="11 positions do not fit: the cache holds 10"):
+        model(tokens(1, 3), cache=cache)
+
+
+# --- Generation
+
+
+@pytest.mark.parametrize("attention,n_kv_head", SHAPES)
+def test_greedy_text_is_the_same_without_the_cache_beyond_the_block_size_too(attention, n_kv_head):
+    model, prompts = make(attention=attention, n_kv_head=n_kv_head), [tokens(5).tolist(), tokens(11, seed=2).tolist(), [3]]
+    cached = model.generate(prompts, 40, temperature=0)
+    assert cached == model.generate(prompts, 40, temperature=0, use_cache=False)
+    assert [len(new) for new in cached] == [40, 40, 40]
+
+
+def test_within_the_block_size_generation_is_the_argmax_of_the_logits():
+    model, context = make(), tokens(6).tolist()
+    expected = []
+    for _ in range(15):
+        expected.append(model(torch.tensor([context + expected]))[0][0, -1].argmax().item())
+    assert model.generate([context], 15, temperature=0) == [expected]
+
+
+def test_prompts_of_different_lengths_do_not_see_each_other():
+    model = make(attention="mea", n_kv_head=2)
+    prompts = [tokens(n, seed=n).tolist() for n in (1, 9, 24, 30)]
+    assert model.generate(prompts, 30, temperature=0) == [model.generate([p], 30, temperature=0)[0] for p in prompts]
+
+
+def test_a_seed_repeats_the_text_and_streaming_shows_every_token():
+    model, shown = make(), []
+    first = model.generate([[1, 2], [3]], 12, seed=5, on_token=lambda row, token: shown.append((row, token)))
+    assert first == model.generate([[1, 2], [3]], 12, seed=5) != model.generate([[1, 2], [3]], 12, seed=6)
+    assert [[token for row, token in shown if row == r] for r in (0, 1)] == first
+
+
+def test_a_stop_token_ends_its_row_only():
+    model = make()
+    free = model.generate([[1], [2]], 20, temperature=0)
+    stop = free[0][3]
+    stopped = model.generate([[1], [2]], 20, temperature=0, stop_tokens=(stop,))
+    assert stopped[0] == free[0][: free[0].index(stop)]
+    assert stopped[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
+
+
+def test_sampling_keeps_what_top_k_and_top_p_say():
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    draw = lambda **how: set(sample_token(probabilities.log().repeat(2000, 1), generator=torch.Generator().manual_seed(0), **how).tolist())
+    assert draw() == {0, 1, 2, 3}
+    assert draw(top_k=2) == {0, 1}
+    assert draw(top_p=0.5) == {0}
+    assert draw(top_p=0.51) == {0, 1}
+    assert draw(top_p=0.9) == {0, 1, 2}
+    assert draw(temperature=0) == {0}
+    drawn = sample_token(probabilities.log().repeat(20000, 1), 2.0, generator=torch.Generator().manual_seed(0))
+    expected = probabilities[0].sqrt() / probabilities[0].sqrt().sum()
+    assert (torch.bincount(drawn) / 20000 - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5), dict(max_new_tokens=-1)], ids=str)
+def test_senseless_sampling_is_refused(how):
+    with pytest.raises(ValueError, match=next(iter(how))):
+        make().generate([[1]], **{"max_new_tokens": 2, **how})
+    with pytest.raises(ValueError, match="at least one token"):
+        make().generate([[]], 3)
+
+
+# --- Shapes and names
+
+
+def test_presets_have_the_sizes_they_are_known_by():
+    with torch.device("meta"):
+        count = lambda name, vocab: GPT(GPTConfig(vocab_size=vocab, **{"attention": "mha", **gpt.PRESETS[name]})).n_params()
+        assert 123e6 < count("base", 50257) < 125e6
+        assert count("1b", 128256) == 1235814400 + 128256 * 2048  # LLaMA-3.2-1B, untied
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_flops_are_those_that_pytorch_counts(attention):
+    """6 per weight of a matrix; the counter sees a whole attention map where causality needs half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=4, n_embd=64, attention="mha")
+    model, x = GPT(config), torch.randint(64, (2, 33))
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()).backward()
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    matrices = sum(n for op, n in counted.items() if op.endswith("mm"))
+    assert matrices == 64 * (config.flops_per_token() - 6 * 32 * 64 * 2)
+
+
+def test_weight_decay_leaves_vectors_norms_lambdas_and_compositions_alone():
+    for attention in ATTENTION:
+        model = make(attention=attention, head_norm=True, attention_bias=True)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, spared = ({names[id(p)] for p in group["params"]} for group in model.parameter_groups(0.1))
+        assert decayed | spared == set(names.values()) and not decayed & spared
+        assert all(name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight")) for name in decayed)
+        assert not any("proj.weight" in name for name in spared)
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(n_embd=26), "n_embd 26 is not divisible by n_head 4"),
+    (dict(n_embd=20), "even width"),
+    (dict(n_layer=0), "n_layer must be a positive"),
+    (dict(attention="linear"), "mha, tha, dfa, mea"),
+    (dict(mea_form="fast"), "compose, fold or absorb"),
+    (dict(dropout=1.0), "dropout"),
+    (dict(n_kv_head=5), "between 1 and n_head 4"),
+    (dict(n_kv_head=[[1, 1]]), "lists 1 layers and the model has 2"),
+])  # fmt: skip
+def test_shapes_that_cannot_be_built_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**{**BASE, **fields})
+
+
+@pytest.mark.parametrize("n_kv_head,bias", [(4, False), (2, False), (2, True)])
+def test_the_weights_are_llamas(n_kv_head, bias):
+    """Same names, same shapes, same logits as `transformers`: Llama, and Qwen2 with biases on q, k and v."""
+    transformers = pytest.importorskip("transformers")
+    ours = make(attention="mha", n_kv_head=n_kv_head, attention_bias=bias, rope_theta=5000.0)
+    c = ours.config
+    shape = dict(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), rope_theta=c.rope_theta, max_position_embeddings=c.block_size,
+    )  # fmt: skip
+    kind = ("Qwen2" if bias else "Llama") + "{}"
+    theirs = getattr(transformers, kind.format("ForCausalLM"))(getattr(transformers, kind.format("Config"))(**shape)).eval()
+    theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": w for name, w in ours.state_dict().items()})
+    x = tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=1e-4, atol=1e-4)
+
+
+# --- Checkpoints
+
+
+def saved(tmp_path, **fields):
+    model = make(**fields)
+    save_checkpoint(tmp_path, dict(model=model.state_dict(), config=vars(model.config), step=3))
+    return model
+
+
+@pytest.mark.parametrize("attention,n_kv_head", SHAPES)
+def test_a_checkpoint_gives_the_same_model_back(tmp_path, attention, n_kv_head):
+    model = saved(tmp_path, attention=attention, n_kv_head=n_kv_head)
+    for path in (tmp_path, tmp_path / "checkpoint.pt"):
+        loaded, state = load_checkpoint(path)
+        assert loaded.config == model.config and state["step"] == 3 and not loaded.training
+        assert torch.equal(loaded(tokens(2, 9))[0], model(tokens(2, 9))[0])
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for seed in (1, 2, 3):
+        model = make(seed=seed)
+        save_checkpoint(tmp_path, dict(model=model.state_dict(), config=vars(model.config), step=seed))
+    assert [load_checkpoint(tmp_path / name)[1]["step"] for name in ("checkpoint.prev.pt", "checkpoint.pt")] == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
+    (tmp_path / "checkpoint.pt").unlink()  # as after a kill between the two renames
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    model = saved(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # every file ends after 10 kB: a real failing write
+    try:
+        with pytest.raises(OSError, match="checkpoint.pt is still the one from before"):
+            save_checkpoint(tmp_path, dict(model=make(seed=9).state_dict(), config=vars(model.config), step=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(tmp_path)[1]["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path('executed').touch()",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, write in (("zip.pt", lambda f: torch.save({"format": gpt.FORMAT, "x": Evil()}, f)), ("raw.pt", lambda f: pickle.dump(Evil(), f))):
+        with open(name, "wb") as file:
+            write(file)
+        with pytest.raises(ValueError, match="pickled code is never run"):
+            load_checkpoint(name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "nowhere")
+    saved(tmp_path), saved(tmp_path)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"hello"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="damaged.*checkpoint.prev.pt"):
+            load_checkpoint(tmp_path)
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "other.pt")
+    model = make()
+    for state in (
+        dict(model={}, config=vars(model.config)),
+        dict(model=model.state_dict()),
+        dict(model=model.state_dict(), config={**vars(model.config), "n_layer": "2"}),
+        dict(model=model.state_dict(), config={**vars(model.config), "surprise": 1}),
+        dict(model=model.state_dict(), config={**vars(model.config), "n_embd": 48, "head_dim": 12}),
+        dict(model=3, config=vars(model.config)),
+    ):
+        save_checkpoint(tmp_path, state)
+        with pytest.raises(ValueError, match="does not hold a whole model"):
+            load_checkpoint(tmp_path)

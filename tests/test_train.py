@@ -1,0 +1,382 @@
+"""Training: schedules, steps, resuming bit for bit, signals, faults, and every wrong option in one line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model as gpt
+import sample
+import train
+from data.dataset import open_dataset, validation_windows
+from data.prepare import prepare
+from model import GPT, GPTConfig, load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small byte-level data set of text with some structure, the same every time."""
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).choice(["head", "key", "value", "query", "norm", "rope", "cache"], 6000)
+    (folder / "text.txt").write_text(" ".join(words))
+    prepare(source=str(folder / "text.txt"), tokenizer="byte", out_dir=folder / "set")
+    return str(folder / "set")
+
+
+def run(*options, data):
+    """train.main in this process; numbers and flags as text."""
+    train.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--data_dir", data, *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A finished run that tests may read but not change."""
+    folder = tmp_path_factory.mktemp("trained") / "r"
+    run("--out_dir", folder, "--max_steps", 60, data=data)
+    return folder
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines):
+    return [{name: value for name, value in line.items() if name not in ("tokens_per_second", "peak_memory")} for line in lines]
+
+
+def assert_same_run(a, b):
+    """Equal weights, optimiser state, RNG and logged numbers, bit for bit."""
+    (_, first), (_, second) = load_checkpoint(a), load_checkpoint(b)
+    for name in first["model"]:
+        assert torch.equal(first["model"][name], second["model"][name]), name
+    for index, entry in first["optimizer"]["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name])
+    assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"]) and first["step"] == second["step"]
+    assert without_clock(metrics(a)) == without_clock(metrics(b))
+
+
+def test_a_run_folder_holds_what_it_should_and_the_loss_falls(trained, data):
+    names = {path.name for path in trained.iterdir()}
+    assert {"checkpoint.pt", "checkpoint.prev.pt", "config.json", "metrics.jsonl", "tokenizer.json"} <= names
+    assert not any(name.endswith("tmp") for name in names)
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert {"step", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_spikes"} <= set(lines[0])
+    assert lines[-1]["tokens"] == 60 * 8 * 64
+    assert lines[0]["train_loss"] > 5 and lines[-1]["val_loss"] < 3
+    # the logged validation loss is that of the saved weights, and bits per byte follow from it (one byte is one token here,
+    # apart from the end-of-text tokens)
+    model, _ = load_checkpoint(trained)
+    windows = validation_windows(open_dataset(data).val, 64, 16)
+    assert train.evaluate(model, windows, 3, torch.device("cpu"), torch.float32) == pytest.approx(lines[-1]["val_loss"], rel=1e-5)
+    assert lines[-1]["val_bpb"] == pytest.approx(lines[-1]["val_loss"] / math.log(2), rel=1e-2)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["model"]["attention"] == "mea" and config["options"]["max_steps"] == 60
+
+
+def test_a_picture_of_the_losses_is_drawn(trained):
+    pytest.importorskip("matplotlib")
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("attention", gpt.ATTENTION)
+def test_resuming_is_bit_exact(tmp_path, data, attention):
+    options = ["--attention", attention, "--dropout", 0.1, "--grad_accum", 2, "--batch_size", 4, "--max_steps", 12, "--save_every", 4, "--eval_every", 5]
+    run(*options, "--out_dir", tmp_path / "whole", data=data)
+    saves = train.save_checkpoint
+
+    def save_then_die(folder, state):
+        saves(folder, state)
+        if state["step"] == 8:
+            raise KeyboardInterrupt
+
+    train.save_checkpoint = save_then_die
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, "--out_dir", tmp_path / "halves", data=data)
+    finally:
+        train.save_checkpoint = saves
+    with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "train_loss": 0}\n{"step": 10, "trai')  # steps that were lost, one of them half-written
+    torch.manual_seed(99)  # resuming must not depend on what the process did before
+    train.main(["--resume", "--out_dir", str(tmp_path / "halves")])
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, data):
+    shared = ["--max_steps", 3, "--eval_every", 3]
+    run(*shared, "--batch_size", 8, "--out_dir", tmp_path / "one", data=data)
+    run(*shared, "--batch_size", 2, "--grad_accum", 4, "--out_dir", tmp_path / "four", data=data)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["tokens"] == b["tokens"]
+
+
+def test_init_from_takes_weights_and_starts_a_new_run(tmp_path, data):
+    run("--out_dir", tmp_path / "first", "--max_steps", 30, "--attention", "tha", data=data)
+    run("--out_dir", tmp_path / "second", "--init_from", tmp_path / "first", "--max_steps", 2, "--learning_rate", 1e-6, data=data)
+    assert metrics(tmp_path / "second")[-1]["val_loss"] == pytest.approx(metrics(tmp_path / "first")[-1]["val_loss"], abs=1e-2)
+    assert load_checkpoint(tmp_path / "second")[0].config.attention == "tha"
+    assert metrics(tmp_path / "second")[-1]["step"] == 2
+
+
+def test_overwrite_replaces_a_run(tmp_path, data):
+    for seed in (1, 2):
+        run("--out_dir", tmp_path / "r", "--max_steps", 2, "--seed", seed, "--overwrite", data=data)
+    assert len(metrics(tmp_path / "r")) == 2 and load_checkpoint(tmp_path / "r")[1]["options"]["seed"] == 2
+
+
+# --- Faults
+
+
+def launch(*options, data, cwd):
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--threads", "1", "--data_dir", data, *map(str, options)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+UNDISTURBED = ["--max_steps", 80, "--save_every", 5, "--eval_every", 40]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(*UNDISTURBED, "--out_dir", folder, data=data)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbed, number):
+    process = launch(*UNDISTURBED, "--out_dir", tmp_path / "cut", data=data, cwd=tmp_path)
+    while not (tmp_path / "cut" / "checkpoint.prev.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number
+        assert "saved; go on with: python train.py --resume" in errors and "Traceback" not in errors
+    assert load_checkpoint(tmp_path / "cut")[1]["step"] < 80
+    train.main(["--resume", "--out_dir", str(tmp_path / "cut")])
+    assert_same_run(undisturbed, tmp_path / "cut")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data, capsys):
+    run("--out_dir", tmp_path / "good", "--max_steps", 4, data=data)
+    model, state = load_checkpoint(tmp_path / "good")
+    state["model"]["norm.weight"][0] = math.nan
+    gpt.save_checkpoint(tmp_path / "good", state)
+    before = (tmp_path / "good" / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", "--out_dir", str(tmp_path / "good"), "--max_steps", "9"])
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "loss nan" in message and "at step 5" in message and "checkpoint.pt" in message
+    assert (tmp_path / "good" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_the_checkpoint_before(tmp_path, data, capsys, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saves = train.save_checkpoint
+
+    def save_on_a_full_disk(folder, state):
+        if state["step"] > 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        saves(folder, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_on_a_full_disk)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run("--out_dir", tmp_path / "r", "--max_steps", 4, "--save_every", 2, data=data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1 and "still the one from before" in message
+    assert load_checkpoint(tmp_path / "r")[1]["step"] == 2
+
+
+def refused(capsys, main, *options):
+    """The one line that a program ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(option) for option in options])
+    out = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out.err.startswith("error: ") and out.err.count("\n") == 1 and out.out == ""
+    return out.err
+
+
+@pytest.mark.parametrize("options,words", [
+    (["--n_heads", 4], "unrecognized arguments: --n_heads"),
+    (["--attention", "linear"], "choose from"),
+    (["--max_steps", "many"], "invalid int value: 'many'"),
+    (["--compile", "perhaps"], "neither yes nor no"),
+    (["--n_embd", 30], "n_embd 30 is not divisible by n_head 4"),
+    (["--attention", "dfa", "--n_head", 3, "--n_embd", 24], "dfa pairs its heads: n_head 3"),
+    (["--n_kv_head", 3, "--attention", "mha"], "must divide n_head 4"),
+    (["--learning_rate", 0], "learning_rate must be above 0"),
+    (["--learning_rate", "nan"], "learning_rate must be above 0"),
+    (["--max_steps", 0], "max_steps must be at least 1, not 0"),
+    (["--beta2", 1], "beta2 must be at least 0 and below 1"),
+    (["--dropout", 1], "dropout must be"),
+    (["--data_dir", "nowhere"], "no data set at nowhere"),
+    (["--block_size", 10**6], "too few for block_size 1000000"),
+    (["--device", "quantum"], "device 'quantum' is not available"),
+    (["--resume"], "no checkpoint at"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--init_from", "nowhere"], "no checkpoint at nowhere"),
+])  # fmt: skip
+def test_bad_options_are_refused_in_one_line_before_any_work(tmp_path, data, capsys, options, words):
+    where = [] if "--data_dir" in options else ["--data_dir", data]
+    assert words in refused(capsys, train.main, "--preset", "tiny", "--out_dir", tmp_path / "r", *where, *options)
+    assert not (tmp_path / "r").exists()
+
+
+def test_folders_that_hold_something_else_are_left_alone(tmp_path, data, capsys):
+    run("--out_dir", tmp_path / "r", "--max_steps", 2, data=data)
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    base = ["--preset", "tiny", "--data_dir", data, "--out_dir", tmp_path / "r"]
+    assert "already holds a run: give --resume" in refused(capsys, train.main, *base)
+    assert "this run has learning_rate 0.003, not 0.1" in refused(capsys, train.main, *base, "--resume", "--learning_rate", 0.1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    assert "is no run folder" in refused(capsys, train.main, "--preset", "tiny", "--data_dir", data, "--out_dir", tmp_path / "notes", "--overwrite")
+
+
+def test_data_that_does_not_go_with_the_checkpoint_is_refused(tmp_path, data, capsys):
+    run("--out_dir", tmp_path / "r", "--max_steps", 2, data=data)
+    (tmp_path / "other.txt").write_text("quite another text, long enough for a block " * 200)
+    for tokenizer in ("byte", "bpe"):
+        prepare(source=str(tmp_path / "other.txt"), tokenizer=tokenizer, out_dir=tmp_path / tokenizer)
+    capsys.readouterr()
+    message = refused(capsys, train.main, "--resume", "--out_dir", tmp_path / "r", "--data_dir", tmp_path / "byte")
+    assert "is not the data set this run was trained on" in message
+    new = ["--out_dir", tmp_path / "new", "--init_from", tmp_path / "r", "--data_dir"]
+    assert "made with another tokenizer" in refused(capsys, train.main, *new, tmp_path / "bpe")
+    assert "has n_layer 2, not 3: leave it out" in refused(capsys, train.main, *new, tmp_path / "byte", "--n_layer", 3)
+    with open(tmp_path / "byte" / "train.bin", "r+b") as file:
+        file.truncate(100)
+    assert "truncated" in refused(capsys, train.main, *new, tmp_path / "byte")
+
+
+# --- Pieces
+
+
+def test_schedules():
+    options = train.Options(max_steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = {}
+    for options.schedule in ("cosine", "constant", "wsd"):
+        rates[options.schedule] = [train.learning_rate(options, step) for step in range(100)]
+        assert rates[options.schedule][:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates["cosine"][55] == pytest.approx(0.55) and rates["cosine"][99] == pytest.approx(0.1, abs=1e-3)
+    assert set(rates["constant"][10:]) == {1.0}
+    assert set(rates["wsd"][10:81]) == {1.0} and rates["wsd"][90] == pytest.approx(0.5) and 0 < rates["wsd"][99] < 0.06
+
+
+def test_spikes_are_counted_and_noise_and_progress_are_not():
+    noise = np.random.default_rng(0).normal(0, 0.05, 2000)
+    counter = train.SpikeCounter()
+    losses = 3 + 4 * np.exp(-np.arange(2000) / 200) + noise
+    for loss in losses:
+        counter.update(loss)
+    assert counter.count == 0
+    for loss in (3.1, 4.5, 3.0, 5.0, 3.05):
+        counter.update(loss)
+    assert counter.count == 2
+
+
+def test_a_preset_is_overridden_by_what_is_given():
+    options, given = gpt.parse_options(train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS)
+    assert (options.n_layer, options.n_embd, options.batch_size, options.head_norm, options.compile) == (3, 32, 8, False, True)
+    assert given == {"preset", "n_layer", "head_norm", "compile"}
+    assert gpt.parse_options(train.Options, [], train.PRESETS)[0].max_steps == train.PRESETS["small"]["max_steps"]
+
+
+def test_compiled_and_bfloat16_runs_train(tmp_path, data):
+    run("--out_dir", tmp_path / "low", "--max_steps", 30, "--dtype", "bfloat16", data=data)
+    run("--out_dir", tmp_path / "full", "--max_steps", 30, data=data)
+    low, full = (metrics(tmp_path / name)[-1]["val_loss"] for name in ("low", "full"))
+    assert low != full and low == pytest.approx(full, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", gpt.ATTENTION)
+def test_a_compiled_model_computes_the_same(tmp_path, data, attention):
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        run("--out_dir", tmp_path / name, "--attention", attention, "--max_steps", 5, *extra, data=data)
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+# --- sample.py, and the README's commands
+
+
+def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys):
+    texts = []
+    for extra in ([], ["--no_cache"]):
+        sample.main(["--checkpoint", str(trained), "--prompt", "key ", "--temperature", "0", "--max_new_tokens", "90", "--num_samples", "2", *extra])
+        out = capsys.readouterr()
+        texts.append(out.out)
+        assert "tokens/s" in out.err
+    assert texts[0] == texts[1] and texts[0].startswith("key ")
+    (tmp_path / "prompt.txt").write_text("value é")
+    sample.main(["--checkpoint", str(trained / "checkpoint.pt"), "--prompt_file", str(tmp_path / "prompt.txt"), "--max_new_tokens", "5"])
+    out = capsys.readouterr()
+    assert out.out.startswith("value é")
+    model, _ = load_checkpoint(trained)
+    assert f"cache {13 * model.config.kv_bytes_per_token():,} bytes" in out.err  # 8 bytes of prompt and 5 new tokens
+
+
+def test_sample_streams_from_standard_input(trained):
+    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(trained), "--prompt_file", "-", "--max_new_tokens", "4"]
+    done = subprocess.run(command, input="norm ", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("norm ") and "4 tokens" in done.stderr
+
+
+def test_sample_refuses_what_it_cannot_use(tmp_path, data, capsys):
+    run("--out_dir", tmp_path / "r", "--max_steps", 2, data=data)
+    capsys.readouterr()
+    base = ["--checkpoint", tmp_path / "r"]
+    assert "no checkpoint at" in refused(capsys, sample.main, "--checkpoint", tmp_path / "nowhere")
+    assert "temperature" in refused(capsys, sample.main, *base, "--temperature", -1)
+    assert "leave one out" in refused(capsys, sample.main, *base, "--prompt", "a", "--prompt_file", "b")
+    assert "No such file" in refused(capsys, sample.main, *base, "--prompt_file", tmp_path / "b")
+    (tmp_path / "r" / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in refused(capsys, sample.main, *base)
+
+
+def test_the_readmes_main_command_runs_end_to_end(tmp_path):
+    """Nothing but the repository: prepares the default data set, trains, samples, and says what to try next."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--max_steps", "10"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for words in ("preparing the default data set", "ETA", "bits per byte", "A sample:", "python sample.py --checkpoint out/tiny"):
+        assert words in done.stdout
+    assert (tmp_path / "data/python/train.bin").exists()
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -r requirements.txt && python train.py" in readme and "pip install -r requirements.txt && pytest" in readme
+
+
+@pytest.mark.parametrize("main,words", [(train.main, "--learning_rate"), (sample.main, "--no_cache"), (gpt.main, "--preset")])
+def test_every_program_explains_its_options(main, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and words in out and "(default" in out
+
+
+def test_a_model_of_the_default_preset_can_be_built():
+    assert GPT(GPTConfig(vocab_size=2048, **gpt.PRESETS["small"])).n_params() < 3e6
