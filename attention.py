@@ -76,11 +76,13 @@ def rms_norm(x, weight, eps):
 
     `weight` may have more dimensions than the last, e.g. (H, D) gives each head its own gain.
     """
-    return RMSNormFunction.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Written out because autograd through the composite norm takes twice the time on a CPU, where norms are not cheap."""
+    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -346,17 +348,21 @@ class MEA(nn.Module):
         return tuple(F.linear(x, weight, bias) for weight, bias in weights)
 
     def attend_absorbed(self, q, k, v, positions, dropout):
-        """q (B, H, T, D), component k (B, n_k, S, D) and v (B, n_v, S, D) -> (B, H, T, D): every component is read once."""
+        """q (B, H, T, D), component k (B, n_k, S, D) and v (B, n_v, S, D) -> (B, H, T, D): every component is read once.
+
+        To all H queries the components are one wide head, of n_k D and n_v D features, that attention reads as it lies in
+        the cache.
+        """
         B, H, T, D = q.shape
-        S = k.size(2)
-        q = torch.einsum("bhtd,ch->bhtcd", q, self.compose_k).flatten(3)  # (B, H, T, n_k*D): one wide head
-        k, v = (heads.transpose(1, 2).flatten(2) for heads in (k, v))  # (B, S, n*D), no copy: the cache's own layout
-        scores = (q.flatten(1, 2) @ k.transpose(1, 2)).view(B, H, T, S) * D**-0.5
+        S, mask = k.size(2), None
+        q = q.unsqueeze(3) * self.compose_k.T[:, None, :, None]  # (B, H, T, n_k, D)
+        k, v = (heads.transpose(1, 2).flatten(2) for heads in (k, v))  # (B, S, n*D), without a copy
         if T > 1 or positions is not None:
-            scores = scores.masked_fill(~causal_mask(T, S, positions, q.device), -math.inf)
-        weights = F.dropout(scores.softmax(-1), dropout, dropout > 0)
-        y = (weights.flatten(1, 2).to(v.dtype) @ v).view(B, H, T, self.n_v, D)
-        return torch.einsum("bhtcd,ch->bhtd", y, self.compose_v)
+            mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
+        y = F.scaled_dot_product_attention(
+            q.reshape(B, 1, H * T, -1), k[:, None], v[:, None], attn_mask=mask, dropout_p=dropout, scale=D**-0.5
+        )  # (B, 1, H*T, n_v*D)
+        return (y.reshape(B, H, T, self.n_v, D) * self.compose_v.T[:, None, :, None]).sum(3)
 
     @torch.no_grad()
     def fold(self):

@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import contextlib
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -154,6 +153,8 @@ def peak_memory(device):
     """Largest memory so far in bytes: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -221,6 +222,7 @@ class Stop(Exception):
 
 def open_run(o, given):
     """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError."""
+    check_options(o)
     out = Path(o.out_dir or f"out/{o.preset}")
     state = None
     if o.resume:
@@ -238,7 +240,7 @@ def open_run(o, given):
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     o.out_dir = str(out)
-    check_options(o)
+    choose_device(o.device)
 
     shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
     config = GPTConfig(vocab_size=256, **shape)  # the vocabulary comes with the data: check all the rest first
@@ -426,7 +428,6 @@ def main(argv=None):
     options, given = parse_options(Options, argv, PRESETS)
     try:
         options, config, dataset, state = open_run(options, given)
-        choose_device(options.device)
         model = train(options, config, dataset, state)
     except Stop as stop:
         print(f"\n{stop}", file=sys.stderr)
