@@ -261,8 +261,7 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, mean cross-entropy in nats per token).
 
-        With targets the logits are never whole in memory (where PyTorch has the fused loss): at a large vocabulary they are
-        the largest tensor of a training step.
+        With targets there are no logits to return: where PyTorch can, it never holds them whole (see `token_loss`).
         """
         x = self.hidden(tokens, cache)
         if targets is None:
@@ -330,8 +329,10 @@ class GPT(nn.Module):
 
 def token_loss(x, weight, targets):
     """Mean cross-entropy, in nats, of logits x @ weight^T: x (N, C), weight (V, C), targets (N)."""
-    if hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling():  # torch 2.13: N x V is computed in pieces
-        return F.linear_cross_entropy(x, weight.to(x.dtype), targets, options=nn.LinearCrossEntropyOptions())
+    # torch 2.13 can compute the N x V logits in pieces; in bfloat16 it would round the loss, compiled it would break the graph
+    pieces = hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
+    if pieces:
+        return F.linear_cross_entropy(x, weight, targets, options=nn.LinearCrossEntropyOptions())
     return F.cross_entropy(F.linear(x, weight).float(), targets)
 
 

@@ -31,7 +31,7 @@ DEFAULT_DATA = "data/python"
 # with a larger corpus: see the README.
 TRAINING = {
     "tiny": dict(batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
-    "small": dict(batch_size=16, max_steps=500, warmup_steps=50, learning_rate=3e-3, eval_every=100, save_every=100, eval_windows=128),
+    "small": dict(batch_size=8, max_steps=500, warmup_steps=50, learning_rate=3e-3, eval_every=100, save_every=100, eval_windows=64),
     "base": dict(batch_size=16, grad_accum=30, max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512),
     "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512),
 }  # fmt: skip

@@ -40,12 +40,25 @@ def test_the_loss_and_its_gradients_are_cross_entropy_of_the_logits(attention):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_the_loss_is_float32_under_autocast():
+    model, x, y = make(), tokens(3, 17), tokens(3, 17, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, y)[1]
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(model(x, y)[1].item(), rel=1e-2)
+    assert loss.item() != loss.bfloat16().item()
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_model_starts_near_the_uniform_distribution(attention):
+@pytest.mark.parametrize("tied,distance", [(False, 0.2), (True, 3.0)])
+def test_a_model_starts_near_the_uniform_distribution(attention, tied, distance):
+    """Tied, it first expects each token to repeat. The residual stream starts unit-sized either way: see `init_weights`."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=512, block_size=32, n_layer=4, n_head=4, n_embd=64, attention=attention))
+    model = GPT(GPTConfig(vocab_size=512, block_size=32, n_layer=4, n_head=4, n_embd=64, attention=attention, tie_embeddings=tied))
     x = torch.randint(512, (4, 33))
-    assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(512)) < 0.3
+    assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(512)) < distance
+    size = (model.embed_tokens(x) * model.config.embedding_multiplier).square().mean().sqrt().item()
+    assert size == pytest.approx(1, rel=0.05)
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize("head_norm", [False, True])
