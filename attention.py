@@ -1,7 +1,8 @@
 """Four attentions side by side: MHA, Talking-Heads, Differential and Multi-head Explicit Attention.
 
 Start with `MHA`, then read `MEA`: they differ by two small matrices. `TalkingHeads` and `DFA` are the neighbours
-that MEA is compared with. Run `python attention.py` for a table of what each costs; read `model.py` next.
+that MEA is compared with. Run `python attention.py` for a table of what each costs; read `model.py` next, and
+`kernels.py`, which MEA takes on a GPU, when you want to know how it is made fast.
 
 Letters in shapes: B batch, T new positions, S positions so far (cached ones included), C model width, H heads,
 Hc component heads (the ones that are projected and cached), D head width.
@@ -17,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from kernels import compose_heads, mea_attention, mea_decode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the four share
@@ -114,15 +117,6 @@ class HeadNorm(nn.Module):
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
-
-
-def compose_heads(components, weight):
-    """HLC, head-level linear composition (eq. 10): einsum("n h' d, h' h -> n h d").
-
-    components (B, Hc, T, D), weight (Hc, H) -> (B, H, T, D): head h is the sum over c of weight[c, h] * component c.
-    """
-    # einsum would say the same, but leaves D the slowest dimension, which takes fused attention off its fast path.
-    return (weight.T @ components.flatten(2)).unflatten(2, components.shape[2:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +279,11 @@ class MEA(nn.Module):
       absorb   the query: scores_h = sum_c compose_k[c, h] Q_h K_c^T against all components at once, and
                C_h = sum_c compose_v[c, h] (A_h V_c). Pays for Hc < H, decoding: no virtual head is ever written.
       auto     the cheap one of these.
+    On a GPU the kernels of kernels.py do everything between the projections: on composed or folded heads in training, on
+    the components, absorbed, in decoding.
     """
+
+    fused_on = ("cuda",)
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -326,6 +324,11 @@ class MEA(nn.Module):
         if cache is not None:
             k, v, positions = cache.append(k, v)  # (B, S, heads, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, positions, D)
+        weights = (None, None) if form == "fold" else (self.compose_k, self.compose_v)
+        fits = form != "absorb" if cache is None else form != "compose" and T == 1
+        if x.device.type in self.fused_on and not dropout and fits:  # all that follows in one kernel
+            y = self.attend_fused(q, k, v, weights, cache, positions)
+            return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         if form == "absorb":
             y = self.attend_absorbed(q, k, v, positions, dropout)
         else:
@@ -334,6 +337,14 @@ class MEA(nn.Module):
             y = causal_attention(q, k, v, positions, dropout)
         y = self.head_norm(y.transpose(1, 2))  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
+
+    def attend_fused(self, q, k, v, weights, cache, positions):
+        """Composition, attention and head norm by kernels.py: q (B, H, T, D), k (B, n_k, S, D), v (B, n_v, S, D) -> (B, H, T, D)."""
+        gain, eps = (self.head_norm.weight, self.head_norm.eps) if isinstance(self.head_norm, HeadNorm) else (None, 1e-6)
+        if cache is None:
+            return mea_attention(q, k, v, *weights, gain, eps=eps)
+        lengths = None if positions is None else positions[:, 0] + 1
+        return mea_decode(q, k, v, *weights, gain, lengths=lengths, eps=eps)
 
     def project_folded(self, x, cache):
         """Composed keys and values in one projection each, (B, T, H*D). While decoding, folded once per cache."""

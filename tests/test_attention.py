@@ -317,6 +317,27 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
     assert_same(y, torch.stack([whole[row, n : n + 2] for row, n in enumerate(lengths)]))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
+def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
+    """What a GPU runs, on the path that kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
+    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=n_kv_head)
+    plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
+    monkeypatch.setattr(fused, "fused_on", ("cpu",))
+    calls = []
+    original = fused.attend_fused
+    monkeypatch.setattr(fused, "attend_fused", lambda *arguments: calls.append(1) or original(*arguments))
+    assert_same_function(plain, fused, [name for name, _ in plain.named_parameters()], inputs())
+    assert_same(torch.cat(list(in_chunks(fused, config, inputs(), [9, 1, 1, 6])), dim=1), plain(inputs(), rope(0, T)))
+    assert len(calls) == 3  # the whole sequence, and two single positions; a chunk against a cache needs a mask
+    caches = [KVCache(config, B, T, torch.float64) for _ in range(2)]
+    for layer, cache in zip((plain, fused), caches):
+        layer(inputs()[:, :9], rope(0, 9), cache.layers[0])
+        cache.lengths = [3, 9, 6]
+    here = tuple(table[caches[0].positions(1)] for table in ROPE)
+    assert_same(*(layer(inputs(2)[:, :1], here, cache.layers[0]) for layer, cache in zip((plain, fused), caches)))
+
+
 def test_folded_form_refuses_a_cache_with_fewer_heads():
     config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=2)
     layer = make("mea", n_kv_head=2, mea_form="fold")
