@@ -31,7 +31,7 @@ DEFAULT_DATA = "data/python"
 # with a larger corpus: see the README.
 TRAINING = {
     "tiny": dict(batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
-    "small": dict(batch_size=8, max_steps=500, warmup_steps=50, learning_rate=3e-3, eval_every=100, save_every=100, eval_windows=64),
+    "small": dict(batch_size=8, max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64),
     "base": dict(batch_size=16, grad_accum=30, max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512),
     "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512),
 }  # fmt: skip
@@ -61,10 +61,10 @@ class Options:
     resume: bool = option(False, "go on with the run in out_dir")
     overwrite: bool = option(False, "replace the run in out_dir")
     # optimisation
-    max_steps: int = option(500, "optimiser steps")
-    batch_size: int = option(16, "windows in a micro-batch")
+    max_steps: int = option(350, "optimiser steps")
+    batch_size: int = option(8, "windows in a micro-batch")
     grad_accum: int = option(1, "micro-batches in a step")
-    learning_rate: float = option(3e-3, "peak of the schedule")
+    learning_rate: float = option(6e-3, "peak of the schedule")
     warmup_steps: int = option(50, "steps of linear warm-up")
     schedule: str = option("cosine", "after warm-up: cosine to 10 %% of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
@@ -73,9 +73,9 @@ class Options:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip")
     seed: int = option(0, "of the weights, the order of the data and dropout")
     # evaluation and saving
-    eval_every: int = option(100, "steps between evaluations")
-    eval_windows: int = option(128, "validation windows, always the same ones")
-    save_every: int = option(100, "steps between checkpoints")
+    eval_every: int = option(50, "steps between evaluations")
+    eval_windows: int = option(64, "validation windows, always the same ones")
+    save_every: int = option(50, "steps between checkpoints")
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
