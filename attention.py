@@ -81,6 +81,8 @@ def rms_norm(x, weight, eps):
     """
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps)
+    if weight.dim() == 1:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
@@ -186,9 +188,9 @@ class TalkingHeads(nn.Module):
     def attend(self, q, k, v, mask):
         """q (B, H, T, D), k and v (B, H, S, D), mask (1 or B, 1, T, S) -> (B, H, T, D): the formula as it stands."""
         logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
-        logits = torch.einsum("bhts,hg->bgts", logits, self.mix_logits)
+        logits = compose_heads(logits, self.mix_logits)  # the same map between heads, of scores instead of keys
         logits = logits.masked_fill(~mask, -math.inf)  # after the mix: mixing -inf would give NaN
-        weights = torch.einsum("bgts,gf->bfts", logits.softmax(-1), self.mix_weights)
+        weights = compose_heads(logits.softmax(-1), self.mix_weights)
         return F.dropout(weights, self.dropout, self.training) @ v
 
     def forward(self, x, rope, cache=None):
@@ -306,7 +308,10 @@ class MEA(nn.Module):
 
     def folded(self, projection, weight):
         """The projection with the composition folded in (eq. 18): weight (H*D, C) and bias (H*D) or None."""
-        fold = lambda rows: torch.einsum("cdm,ch->hdm", rows.view(len(weight), self.head_dim, -1), weight).flatten(0, 1)
+
+        def fold(rows):  # (Hc*D, any) -> (H*D, any)
+            return torch.einsum("cdm,ch->hdm", rows.view(len(weight), self.head_dim, -1), weight).flatten(0, 1)
+
         return fold(projection.weight), None if projection.bias is None else fold(projection.bias).view(-1)
 
     def forward(self, x, rope, cache=None):

@@ -268,7 +268,7 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_tokens=(),
                  use_cache=True, on_token=None):  # fmt: skip
         """Continue prompts (lists of ids, of any lengths from 1) by up to max_new_tokens: a list of the new ids for each.

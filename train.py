@@ -435,7 +435,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         gpt.fail(error)
     tokenizer, out = dataset.tokenizer, options.out_dir
-    prompt = "def " if dataset.meta["source"] == "python" else "The "
+    prompt = "def" if dataset.meta["source"] == "python" else "The"  # no space behind it: tokens begin with their space
     new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), temperature=0.8, top_k=50, seed=options.seed)[0]
     print(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
     minutes, seconds = divmod(round(time.monotonic() - began), 60)

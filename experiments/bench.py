@@ -1,29 +1,37 @@
-"""What the kernels should cost, what the compiled code does, and what this machine measures.
+"""What training and decoding cost, what the kernels should cost, and what the compiled code does.
 
-A cost model counts bytes and FLOPs from the shapes; the roofline time is the larger of bytes / bandwidth and FLOPs / peak. Beside the
+Whatever is compared is measured in turns in one run and printed as ratios, since a machine's speed drifts. For the kernels, a cost model counts bytes and FLOPs from the shapes; the roofline time is the larger of bytes / bandwidth and FLOPs / peak. Beside the
 model stand counts from code compiled ahead of time: the loop over key blocks is found in the PTX, and the bytes of its asynchronous
 copies and the FLOPs of its matrix instructions are added up. So "decode reads the compressed cache once" is checked without a GPU.
 Times are measured where they can be: no roofline is a measurement.
 
+    python experiments/bench.py --training          # a training step of every variant, as a ratio to MHA
+    python experiments/bench.py --decoding          # generation with and without the cache
     python experiments/bench.py --kernels           # rooflines, and timings on this machine
     python experiments/bench.py --aot sm_80,sm_90   # the model beside the compiled loops
 
-Read first: kernels.py.
+Read first: attention.py and kernels.py.
 """
 import argparse
 import math
+import os
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as train.py does
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
+import train
 from kernels import compose_heads, head_norm, mea_attention, mea_decode
+from model import GPT, PRESETS, GPTConfig
 
 # ---- kernels: the cost model ----------------------------------------------------------------------------------------------
 
@@ -214,14 +222,84 @@ def bench_kernels():
         print_timings(limits, "cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
 
 
+# ---- training and decoding ------------------------------------------------------------------------------------------------
+
+VARIANTS = {  # name: (config, what it is compared with)
+    "mha": (dict(attention="mha"), "mha"),
+    "mha, head norm": (dict(attention="mha", head_norm=True), "mha"),
+    "mea": (dict(attention="mea"), "mha, head norm"),
+    "mea, half the components": (dict(attention="mea", n_kv_head=4), "mha, head norm"),
+    "dfa": (dict(attention="dfa"), "mha, head norm"),
+    "tha": (dict(attention="tha"), "mha"),
+}
+
+
+def bench_training(rounds=15):
+    """A whole training step (forward, backward, clipping, AdamW) of every variant at the default preset, in turns."""
+    device = train.choose_device()
+    dtype = train.choose_dtype("auto", device)
+    batch_size, T = train.TRAINING["small"]["batch_size"], PRESETS["small"]["block_size"]
+    x = torch.randint(2048, (batch_size, T + 1), device=device)
+    steps = {}
+    for name, (fields, _) in VARIANTS.items():
+        model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields})).to(device)
+        optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=device.type in ("cpu", "cuda"))
+
+        def step(model=model, optimizer=optimizer):
+            with train.autocast(device, dtype):
+                loss = model(x[:, :-1], x[:, 1:])[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()  # waits for a GPU
+
+        steps[name] = step
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds + 2):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - began)
+    print(f"A training step of {batch_size} x {T} tokens, preset small, {device}, {torch.get_num_threads()} threads, {dtype}, torch "
+          f"{torch.__version__}; {rounds} rounds in turns; ratios of times, median (quartiles)\n")
+    print("| variant | tokens/s, median | time, ratio to | ratio |\n|---|---|---|---|")
+    for name, (_, base) in VARIANTS.items():
+        ratios = [a / b for a, b in zip(seconds[name][2:], seconds[base][2:])]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        ratio = "" if name == base else f"{middle:.3f} ({low:.3f} to {high:.3f})"
+        print(f"| {name} | {x[:, 1:].numel() / statistics.median(seconds[name][2:]):,.0f} | {base if ratio else ''} | {ratio} |")
+
+
+def bench_decoding(tokens=512, rounds=3):
+    """Greedy generation of `tokens` tokens at the default preset, with the cache and without, in turns."""
+    device = train.choose_device()
+    print(f"{tokens} tokens from a prompt of one, preset small, {device}, {torch.get_num_threads()} threads; median of {rounds}\n")
+    print("| variant | cached tokens/s | uncached tokens/s | ratio (lowest to highest) | cache bytes a token |\n|---|---|---|---|---|")
+    for name, (fields, _) in VARIANTS.items():
+        model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields})).to(device).eval()
+        seconds = {True: [], False: []}
+        for _ in range(rounds):
+            for use_cache in seconds:
+                began = time.perf_counter()
+                model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
+                seconds[use_cache].append(time.perf_counter() - began)
+        ratios = sorted(b / a for a, b in zip(seconds[True], seconds[False]))
+        cached, uncached = (tokens / statistics.median(seconds[use_cache]) for use_cache in (True, False))
+        print(f"| {name} | {cached:.0f} | {uncached:.0f} | {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) | "
+              f"{model.config.kv_bytes_per_token():,} |")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Benchmarks: rooflines, compiled code and timings.")
+    parser = argparse.ArgumentParser(description="Benchmarks: training, decoding, rooflines and compiled code.")
+    parser.add_argument("--training", action="store_true", help="a training step of every variant, as a ratio to MHA")
+    parser.add_argument("--decoding", action="store_true", help="generation with and without the cache")
     parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine")
     parser.add_argument("--aot", metavar="TARGETS", help="compile for these NVIDIA targets (sm_80,sm_90) and count what the loops do")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
-    if not (arguments.kernels or arguments.aot):
-        parser.error("nothing to do: give --kernels or --aot TARGETS")
+    if not (arguments.training or arguments.decoding or arguments.kernels or arguments.aot):
+        parser.error("nothing to do: give --training, --decoding, --kernels or --aot TARGETS")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.aot:
@@ -233,6 +311,10 @@ def main():
         print_loop_counts(targets)
     if arguments.kernels:
         bench_kernels()
+    if arguments.training:
+        bench_training()
+    if arguments.decoding:
+        bench_decoding()
 
 
 if __name__ == "__main__":

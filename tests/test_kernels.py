@@ -309,7 +309,7 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
     step = lambda *inputs: mea_attention(*inputs, path=path).square().sum()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     for got, eager in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs), inputs)):
-        torch.testing.assert_close(got, eager)
+        torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-4)  # inductor adds in another order
     with torch.no_grad():
         one = lambda *inputs: mea_decode(inputs[0][:, :, -1:], *inputs[1:], path=path)
         torch.testing.assert_close(torch.compile(one, backend=backend, fullgraph=True)(*inputs), one(*inputs))
