@@ -141,7 +141,7 @@ class Block(nn.Module):
         self.self_attn = ATTENTION[config.attention](config, layer)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))

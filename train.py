@@ -66,7 +66,7 @@ class Options:
     grad_accum: int = option(1, "micro-batches in a step")
     learning_rate: float = option(6e-3, "peak of the schedule")
     warmup_steps: int = option(50, "steps of linear warm-up")
-    schedule: str = option("cosine", "after warm-up: cosine to 10 %% of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
+    schedule: str = option("cosine", "after warm-up: cosine to 10 % of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
     weight_decay: float = option(0.1, "AdamW's, on matrices only")
     beta1: float = option(0.9, "AdamW's")
     beta2: float = option(0.95, "AdamW's")
@@ -223,6 +223,8 @@ class Stop(Exception):
 def open_run(o, given):
     """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError."""
     check_options(o)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # two processes would write one run folder
+        raise ValueError("several processes are not supported yet: run python train.py without torchrun")
     out = Path(o.out_dir or f"out/{o.preset}")
     state = None
     if o.resume:
@@ -414,9 +416,9 @@ def draw_losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "val_loss" in line]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([line["tokens"] for line in lines], [line["train_loss"] for line in lines], lw=0.7, color="#9bb7d4", label="training")
-    axes.plot([line["tokens"] for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4, color="#c44e52", label="validation")
-    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}")
+    axes.plot([line["tokens"] / 1e6 for line in lines], [line["train_loss"] for line in lines], lw=0.7, color="#9bb7d4", label="training")
+    axes.plot([line["tokens"] / 1e6 for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4, color="#c44e52", label="validation")
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
