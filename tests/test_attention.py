@@ -217,6 +217,8 @@ def test_rms_norm_and_its_gradients():
         plain = lambda x, weight: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
         # the reduction is in float32 by design
         torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight), rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight), rtol=1e-6, atol=1e-6)
         grad = torch.randn_like(x)
         for mine, theirs in zip(torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), grad), torch.autograd.grad(plain(x, weight), (x, weight), grad)):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
