@@ -26,26 +26,26 @@ from kernels import compose_heads, mea_attention, mea_decode
 
 
 def rope_table(length, dim, theta=10000.0):
-    """cos and sin of the rotary embedding (RoFormer, 2104.09864), each (length, dim).
+    """cos and sin of the rotary embedding (RoFormer, 2104.09864), each (length, 1, dim): the same for every head.
 
     Pair i of a head is (x[i], x[i + dim/2]), the half-rotation convention of Llama checkpoints, and turns by
     position * theta^(-2i/dim). The sign of the rotation is folded into the first half of sin: see `apply_rope`.
     """
     frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)  # (length, D/2)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)[:, None]  # (length, 1, D/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return cos.float(), sin.float()
 
 
 def apply_rope(x, rope):
-    """Rotate heads x (B, T, H, D) by the (cos, sin) of their positions, each (T, D) or (B, T, D).
+    """Rotate heads x (B, T, H, D) by the (cos, sin) of their positions, each (T, 1, D) or (B, T, 1, D).
 
     With x = (a, b) in halves: (a cos - b sin, b cos + a sin). Linear and the same for every head, so it commutes with
     a composition of heads (MEA, eq. 13).
     """
-    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rope)
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+    cos, sin = rope
+    return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * sin.to(x.dtype)
 
 
 def causal_mask(T, S, positions=None, device=None):
@@ -81,9 +81,7 @@ def rms_norm(x, weight, eps):
     """
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.size(-1) + eps)  # F.rms_norm is slow for one token on a CPU
-    return x * inverse.to(x.dtype) * weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):

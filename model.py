@@ -247,11 +247,13 @@ class GPT(nn.Module):
         if past + T > limit:
             raise ValueError(f"{past + T} positions do not fit: the {'model' if cache is None else 'cache'} holds {limit}")
         if past == 0 or min(cache.lengths) == past:
-            rope = self.rope_cos[past : past + T], self.rope_sin[past : past + T]  # (T, D)
+            rope = self.rope_cos[past : past + T], self.rope_sin[past : past + T]  # (T, 1, D)
         else:
             positions = cache.positions(T)
-            rope = self.rope_cos[positions], self.rope_sin[positions]  # (B, T, D)
-        x = self.embed_tokens(tokens) * self.config.embedding_multiplier
+            rope = self.rope_cos[positions], self.rope_sin[positions]  # (B, T, 1, D)
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         for i, block in enumerate(self.layers):
             x = block(x, rope, None if cache is None else cache.layers[i])
         if cache is not None:
@@ -298,8 +300,11 @@ class GPT(nn.Module):
             if cache is not None and fresh:
                 cache.reset()
             x = self.hidden(torch.tensor(rows, device=device), cache, lengths)
-            last = torch.tensor(lengths, device=device) - 1
-            logits = self.lm_head(x[torch.arange(len(rows), device=device), last]).float()  # (B, V)
+            if min(lengths) == max(lengths):
+                x = x[:, -1]
+            else:
+                x = x[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
+            logits = self.lm_head(x).float()  # (B, V)
             tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
             fresh = False
             for row, token in enumerate(tokens):
