@@ -49,7 +49,7 @@ def scale_frequency(frequency, scaling):
     if scaling is None:
         return frequency
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    kind = scaling.get("rope_type") if isinstance(scaling, dict) else scaling
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     if kind not in [*needed]:
         raise ValueError(f"rope_type {kind!r} is not implemented: default, {' and '.join(needed)} are")
     for name in needed[kind]:
