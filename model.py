@@ -634,11 +634,10 @@ def exported_config(model, tokenizer=None):
     if tokenizer is not None and not hasattr(tokenizer, "content"):
         raise ValueError(f"tokenizer {tokenizer.name} has no Hugging Face form: leave it out")
     kind = "qwen3" if c.qk_norm else "qwen2" if c.attention_bias else "llama"
-    rope = {"rope_theta": c.rope_theta, **(c.rope_scaling or {"rope_type": "default"})}
     eos = None if tokenizer is None else tokenizer.end_of_text
     return dict(
         model_type=kind, architectures=[FAMILY[kind]], **{name: getattr(c, ours) for name, ours in WHOLE_NUMBERS.items()} | {"num_key_value_heads": n_k},
-        hidden_act="silu", rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling, rope_parameters=rope,
+        hidden_act="silu", rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
         tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1, torch_dtype=str(model.lm_head.weight.dtype)[6:],
         bos_token_id=None, eos_token_id=eos, pad_token_id=None,
     )  # fmt: skip

@@ -355,10 +355,12 @@ def test_an_exported_folder_has_its_tokenizer(with_tokenizer, tmp_path):
     assert load_tokenizer(tmp_path / "new").end_of_text == transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id == 1
 
 
-def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys):
+def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text("\n".join(f"w{i % 30} w{i * i % 30}" for i in range(3000)))
     prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{with_tokenizer}", out_dir=tmp_path / "set")
     prepare(source=str(tmp_path / "text.txt"), tokenizer="byte", out_dir=tmp_path / "bytes")
+    (tmp_path / "tokenizer.json").write_text((with_tokenizer / "tokenizer.json").read_text().replace("w7", "v7"))
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path}", out_dir=tmp_path / "words")
     assert open_dataset(tmp_path / "set").vocab_size == 35 < V
     base = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--max_steps", "2", "--learning_rate", "1e-9", "--block_size", "16"]
     train.main([*base, "--data_dir", str(tmp_path / "set"), "--init_from", str(with_tokenizer), "--out_dir", str(tmp_path / "run")])
@@ -367,9 +369,13 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys):
     assert trained.config.block_size == 16 and trained.config.attention == "mha"
     for name, w in start.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], w, rtol=0, atol=1e-6)
-    sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1", "--max_new_tokens", "3", "--device", "cpu"])
+    prompts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "generate", lambda model, given, *_, **__: prompts.extend(given) or [[]])
+        sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1 w2", "--device", "cpu"])
+    assert prompts == [[4, 5]]  # documents began without <s> in training
     capsys.readouterr()
-    for folder, data in ((with_tokenizer, "bytes"), (llama, "bytes")):  # another vocabulary; more tokens than the model has rows
+    for folder, data in ((with_tokenizer, "words"), (with_tokenizer, "bytes"), (llama, "bytes")):  # the last two have more tokens than the model
         with pytest.raises(SystemExit):
             train.main([*base, "--data_dir", str(tmp_path / data), "--init_from", str(folder), "--out_dir", str(tmp_path / "other")])
         assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "other").exists()
