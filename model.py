@@ -5,7 +5,6 @@ what a model costs: parameters, FLOPs and cached bytes. Read `attention.py` firs
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -577,40 +576,40 @@ def pretrained_weights(folder, shapes, tied, dtype, device):
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError("weights from a Hugging Face folder need safetensors: pip install safetensors") from None
-    with contextlib.ExitStack() as stack:
-        holder = {}  # their name -> the open file that holds the tensor
-        for file in safetensors_files(folder):
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
-            holder.update(dict.fromkeys(opened.keys(), opened))
-        names = {pretrained_name(name): name for name in shapes}
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        missing = [name for name in names if name not in holder and not (tied and name == head)]
-        unknown = [name for name in holder if name not in names and not name.endswith("rotary_emb.inv_freq")]  # old files store that table
-        misshaped, quantised = [], []
-        for name in sorted(names.keys() & holder.keys()):
-            found = holder[name].get_slice(name)
-            if tuple(found.get_shape()) != shapes[names[name]]:
-                misshaped.append(f"{name} {tuple(found.get_shape())} instead of {shapes[names[name]]}")
-            if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                quantised.append(f"{name} {found.get_dtype()}")
-        wrong = [
-            f"{len(group)} {what}: {', '.join(group[:3])}{', ...' if len(group) > 3 else ''}"
-            for what, group in (("missing", missing), ("unknown", unknown), ("of another shape", misshaped), ("not floating-point", quantised)) if group
-        ]  # fmt: skip
-        if wrong:
-            raise ValueError(f"the tensors in {folder} do not fit its config.json; {'; '.join(wrong)}")
-        if tied and head in holder and not torch.equal(holder[head].get_tensor(head), holder[embedding].get_tensor(embedding)):
-            raise ValueError(f"{folder} ties its output head to the embedding and stores another one: set tie_word_embeddings to false in config.json")
-        weights = {}
-        for theirs, ours in names.items():
-            if tied and theirs == head:
-                weights[ours] = weights[names[embedding]]
-            else:  # copied: the file may change or go once this returns
-                weights[ours] = holder[theirs].get_tensor(theirs).to(device=device, dtype=dtype, copy=True)
-        return weights
+    def read(name):
+        with safe_open(found[name][0], framework="pt") as opened:  # opened anew for each: a mapped file counts as memory until it is closed
+            return opened.get_tensor(name)
+
+    found = {}  # their name -> file, shape, dtype
+    for file in safetensors_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    slices = opened.get_slice(name)
+                    found[name] = file, tuple(slices.get_shape()), slices.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+    names = {pretrained_name(name): name for name in shapes}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    both = sorted(names.keys() & found.keys())
+    wrong = {
+        "missing": [name for name in names if name not in found and not (tied and name == head)],
+        "unknown": [name for name in found if name not in names and not name.endswith("rotary_emb.inv_freq")],  # a table in old files
+        "of another shape": [f"{name} {found[name][1]} instead of {shapes[names[name]]}" for name in both if found[name][1] != shapes[names[name]]],
+        "not floating-point": [f"{name} {found[name][2]}" for name in both if found[name][2] not in ("F64", "F32", "F16", "BF16")],
+    }
+    if any(wrong.values()):
+        lists = [f"{len(group)} {what}: {', '.join(group[:3])}{', ...' if len(group) > 3 else ''}" for what, group in wrong.items() if group]
+        raise ValueError(f"the tensors in {folder} do not fit its config.json; {'; '.join(lists)}")
+    if tied and head in found and not torch.equal(read(head), read(embedding)):
+        raise ValueError(f"{folder} ties its output head to the embedding and stores another one: set tie_word_embeddings to false in config.json")
+    weights = {}
+    for theirs, ours in names.items():
+        if tied and theirs == head:
+            weights[ours] = weights[names[embedding]]
+        else:  # copied: the file may change or go once this returns
+            weights[ours] = read(theirs).to(device=device, dtype=dtype, copy=True)
+    return weights
 
 
 def exported_config(model, tokenizer=None):
