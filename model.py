@@ -662,6 +662,7 @@ def write_pretrained(folder, config, weights, tokenizer=None):
         save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
         for name, content in objects.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors lets nobody else read its files
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())

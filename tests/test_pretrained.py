@@ -253,6 +253,7 @@ def test_what_is_written_is_read_by_transformers_and_here(tmp_path, fields, kind
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"] == kind
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "new"]
+    assert len({path.stat().st_mode for path in (tmp_path / "new").iterdir()}) == 1
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(report.values()) and loaded.dtype == torch.float32
     assert_same_logits(model, loaded.eval())
