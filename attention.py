@@ -9,7 +9,7 @@ Hc component heads (the ones that are projected and cached), D head width.
 
 Every class has the same form,  forward(x, rope, cache=None): (B, T, C) -> (B, T, C),  and reads these fields of its
 config (`model.GPTConfig` or anything that has them): n_embd, n_head, head_dim, kv_heads (one (keys, values) pair per
-layer), head_norm, norm_eps, dropout, attention_bias, mea_form. `cache` is one layer of a `model.KVCache`.
+layer), head_norm, qk_norm, norm_eps, dropout, attention_bias, mea_form. `cache` is one layer of a `model.KVCache`.
 """
 
 import math
@@ -25,17 +25,44 @@ from kernels import compose_heads, mea_attention, mea_decode
 # What the four share
 
 
-def rope_table(length, dim, theta=10000.0):
+def rope_table(length, dim, theta=10000.0, scaling=None):
     """cos and sin of the rotary embedding (RoFormer, 2104.09864), each (length, 1, dim): the same for every head.
 
     Pair i of a head is (x[i], x[i + dim/2]), the half-rotation convention of Llama checkpoints, and turns by
-    position * theta^(-2i/dim). The sign of the rotation is folded into the first half of sin: see `apply_rope`.
+    position * theta^(-2i/dim), or slower: see `scale_frequency`. The sign of the rotation is folded into the first half of
+    sin: see `apply_rope`.
     """
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequency = scale_frequency(theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)[:, None]  # (length, 1, D/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return cos.float(), sin.float()
+
+
+def scale_frequency(frequency, scaling):
+    """The frequencies (D/2) as a model's long-context training slowed them; `scaling` is a dict as in Hugging Face's config.json, or None.
+
+    "linear" (2306.15595): frequency / factor. "llama3" (Llama 3.1): pairs that turn fewer than low_freq_factor times within
+    original_max_position_embeddings are divided by factor, those that turn more than high_freq_factor times stay, and
+    between the two the share that stays grows linearly in the number of turns. Raises ValueError for any other rope_type.
+    """
+    if scaling is None:
+        return frequency
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    if kind not in [*needed]:
+        raise ValueError(f"rope_type {kind!r} is not implemented: default, {' and '.join(needed)} are")
+    for name in needed[kind]:
+        if not isinstance(scaling.get(name), (int, float)) or not 0 < scaling[name] < math.inf:
+            raise ValueError(f"rope_type {kind} needs a positive {name}, not {scaling.get(name)!r}")
+    if kind == "linear":
+        return frequency / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if low >= high:
+        raise ValueError(f"rope_type llama3 needs a low_freq_factor below its high_freq_factor, not {low} and {high}")
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    stays = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (stays + (1 - stays) / scaling["factor"])
 
 
 def apply_rope(x, rope):
@@ -104,19 +131,26 @@ class RMSNormFunction(torch.autograd.Function):
         return torch.addcmul(grad, unit, along, value=-1) * inverse, grad_weight, None
 
 
-class HeadNorm(nn.Module):
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned gain. A layer's QK-norm (Qwen3) is two of them, over the width of a head: see `MHA`."""
+
+    def __init__(self, shape, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
     """RMSNorm of each head's output by itself, with a gain per head and feature: the paper's GroupNorm (section 4.1).
 
     (B, T, H, D) -> (B, T, H, D).
     """
 
     def __init__(self, n_head, head_dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_head, head_dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        super().__init__((n_head, head_dim), eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,6 +161,8 @@ class MHA(nn.Module):
     """Multi-head attention (1706.03762); grouped-query for fewer key/value heads (2305.13245), multi-query for one.
 
     C_h = softmax(Q_h K_g(h)^T / sqrt(D)) V_g(h),   output = Concat(C_1 .. C_H) W^O,   g(h) = h * n_kv // H.
+
+    With config.qk_norm every query and key head goes through an RMSNorm before RoPE; one gain (D) serves all heads (Qwen3).
     """
 
     def __init__(self, config, layer=0):
@@ -140,12 +176,14 @@ class MHA(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
 
     def forward(self, x, rope, cache=None):
         B, T, _ = x.shape
-        q = apply_rope(self.q_proj(x).view(B, T, self.n_head, self.head_dim), rope)
-        k = apply_rope(self.k_proj(x).view(B, T, self.n_kv, self.head_dim), rope)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, self.n_kv, self.head_dim)), rope)
         v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim)
         positions = None
         if cache is not None:
@@ -279,6 +317,7 @@ class MEA(nn.Module):
       absorb   the query: scores_h = sum_c compose_k[c, h] Q_h K_c^T against all components at once, and
                C_h = sum_c compose_v[c, h] (A_h V_c). Pays for Hc < H, decoding: no virtual head is ever written.
       auto     the cheap one of these.
+    QK-norm (config.qk_norm) is of the component keys. It does not commute with their composition: there is nothing to fold.
     On a GPU the kernels of kernels.py do everything between the projections: on composed or folded heads in training, on
     the components, absorbed, in decoding.
     """
@@ -297,15 +336,22 @@ class MEA(nn.Module):
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.compose_k = nn.Parameter(one_hot_composition(self.n_k, self.n_head))
         self.compose_v = nn.Parameter(one_hot_composition(self.n_v, self.n_head))
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
 
     def cheap_form(self, T, cache):
-        if self.n_k == self.n_v == self.n_head:
+        if self.n_k == self.n_v == self.n_head and not self.config.qk_norm:
             return "fold"
         return "absorb" if cache is not None and T == 1 else "compose"
 
     def folded(self, projection, weight):
-        """The projection with the composition folded in (eq. 18): weight (H*D, C) and bias (H*D) or None."""
+        """The projection with the composition folded in (eq. 18): weight (H*D, C) and bias (H*D) or None.
+
+        Raises ValueError with QK-norm, which stands between the two.
+        """
+        if self.config.qk_norm:
+            raise ValueError("QK-norm stands between the projection and the composition of keys: they do not fold into one")
 
         def fold(rows):  # (Hc*D, any) -> (H*D, any)
             return torch.einsum("cdm,ch->hdm", rows.view(len(weight), self.head_dim, -1), weight).flatten(0, 1)
@@ -316,12 +362,12 @@ class MEA(nn.Module):
         B, T, _ = x.shape
         D, dropout = self.head_dim, self.dropout if self.training else 0.0
         form = self.cheap_form(T, cache) if self.form == "auto" else self.form
-        q = apply_rope(self.q_proj(x).view(B, T, self.n_head, D), rope)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, D)), rope)
         if form == "fold":
             k, v = self.project_folded(x, cache)
         else:
             k, v = self.k_proj(x), self.v_proj(x)
-        k = apply_rope(k.view(B, T, -1, D), rope)  # composed or not: RoPE commutes with HLC (eq. 13)
+        k = apply_rope(self.k_norm(k.view(B, T, -1, D)), rope)  # composed or not: RoPE commutes with HLC (eq. 13)
         v = v.view(B, T, -1, D)
         positions = None
         if cache is not None:
@@ -420,7 +466,7 @@ def main():
     for name, n_kv, norm in (("mha", 8, False), ("mha", 4, False), ("tha", 8, False), ("dfa", 8, True), ("mea", 8, True), ("mea", 4, True)):
         config = SimpleNamespace(
             n_embd=H * D, n_head=H, head_dim=D, kv_heads=lambda layer: (n_kv, n_kv), head_norm=norm, norm_eps=1e-6,
-            dropout=0.0, attention_bias=False, mea_form="auto",
+            dropout=0.0, attention_bias=False, qk_norm=False, mea_form="auto",
         )  # fmt: skip
         layer = ATTENTION[name](config)
         x = torch.randn(B, T, H * D, requires_grad=True)

@@ -5,17 +5,19 @@ what a model costs: parameters, FLOPs and cached bytes. Read `attention.py` firs
 """
 
 import argparse
+import json
 import math
 import os
+import shutil
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, rms_norm, rope_table
+from attention import ATTENTION, MEA, RMSNorm, rope_table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -43,8 +45,10 @@ class GPTConfig:
     intermediate_size: int | None = None  # None: 8/3 n_embd rounded up to a multiple of 32
     attention: str = "mea"
     head_norm: bool | None = None  # None: the variant's own, on for dfa and mea
+    qk_norm: bool = False  # RMSNorm on query and key heads before RoPE, as in Qwen3; mha and mea
     mea_form: str = "auto"
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # slower frequencies for long contexts, e.g. Llama 3.2's: see attention.scale_frequency
     norm_eps: float = 1e-6
     dropout: float = 0.0
     attention_bias: bool = False  # on q, k and v, as in Qwen2
@@ -59,6 +63,10 @@ class GPTConfig:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
         if self.mea_form not in ("auto", "compose", "fold", "absorb"):
             raise ValueError(f"mea_form must be auto, compose, fold or absorb, not {self.mea_form!r}")
+        if self.qk_norm and self.attention not in ("mha", "mea"):
+            raise ValueError(f"qk_norm is implemented for mha and mea, not for {self.attention}: leave it out")
+        if self.qk_norm and self.mea_form == "fold":
+            raise ValueError("qk_norm stands between MEA's projections and compositions, so mea_form cannot be fold: use auto")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.head_norm is None:
@@ -69,6 +77,7 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
             raise ValueError(f"a head is {self.head_dim} wide, and RoPE needs an even width: change n_embd or n_head")
+        rope_table(1, self.head_dim, self.rope_theta, self.rope_scaling)  # refuses a scaling that it does not know
         if self.intermediate_size is None:
             self.intermediate_size = 32 * math.ceil(8 * self.n_embd / 3 / 32)
         if self.n_kv_head is None:
@@ -109,16 +118,6 @@ class GPTConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -210,10 +209,14 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.make_rope()
         self.init_weights()
+
+    def make_rope(self, device=None):
+        """The rotary tables of all positions, (block_size, 1, D) each: they follow from the config, so no checkpoint holds them."""
+        c = self.config
+        for name, table in zip(("rope_cos", "rope_sin"), rope_table(c.block_size, c.head_dim, c.rope_theta, c.rope_scaling)):
+            self.register_buffer(name, table.to(device), persistent=False)
 
     def init_weights(self):
         """One rule for every variant: matrices N(0, 1 / fan-in), and embeddings that enter the residual stream unit-sized.
@@ -331,6 +334,46 @@ class GPT(nn.Module):
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", block_size=None):
+        """The model, in eval mode, of a Hugging Face folder: config.json and safetensors of Llama, Mistral, Qwen2 or Qwen3.
+
+        It is an MHA with the folder's key/value heads. `block_size` caps its positions, and so does a sliding window: up to
+        the window's length every position sees all those before it, as here. Weights are converted to `dtype` one tensor at a
+        time, so memory is the model and one tensor. Raises FileNotFoundError or ValueError; nothing is unpickled.
+        """
+        config = pretrained_config(folder, block_size)
+        with torch.device("meta"):  # names and shapes, without memory
+            model = cls(config)
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        model.load_state_dict(pretrained_weights(folder, shapes, config.tie_embeddings, dtype, device), assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        model.make_rope(device)
+        return model.eval()
+
+    @torch.no_grad()
+    def to_pretrained(self, folder, tokenizer=None):
+        """Write the model as a Hugging Face folder (config.json, model.safetensors) that `transformers` loads to equal logits.
+
+        It becomes a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3. Those have no head norm, Talking-Heads or
+        differential attention and no compositions, so only MHA and an MEA that folds into it can be written. `tokenizer`, one
+        made by data.tokenizer from a Hugging Face folder, goes along. The folder appears when it is complete. Raises
+        ValueError, FileExistsError for a folder that exists, or OSError.
+        """
+        content = exported_config(self, tokenizer)
+        weights = self.state_dict()
+        for i, block in enumerate(self.layers):
+            if isinstance(block.self_attn, MEA):
+                prefix = f"layers.{i}.self_attn."
+                weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
+                weights.update({prefix + name: w for name, w in block.self_attn.fold().state_dict().items()})
+        if self.config.embedding_multiplier != 1:
+            weights["embed_tokens.weight"] = weights["embed_tokens.weight"] * self.config.embedding_multiplier
+        if content["tie_word_embeddings"]:
+            del weights["lm_head.weight"]
+        write_pretrained(folder, content, {pretrained_name(name): w.contiguous() for name, w in weights.items()}, tokenizer)
+
 
 def token_loss(x, weight, targets):
     """Mean cross-entropy, in nats, of logits x @ weight^T: x (N, C), weight (V, C), targets (N)."""
@@ -399,21 +442,28 @@ def save_checkpoint(folder, state):
 
 
 def find_checkpoint(path):
-    """The checkpoint file that `path` (a run folder or a file) means. Raises FileNotFoundError."""
+    """The file that `path` means: itself, the newest in a run folder, a Hugging Face folder's config.json. Raises FileNotFoundError."""
     path = Path(path)
     candidates = [path] if path.is_file() else [path / "checkpoint.pt", path / "checkpoint.prev.pt"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"no checkpoint at {path}: give a run folder that train.py made, or a checkpoint.pt in it")
+    config = path / "config.json"  # a run folder has one too, but without a model_type
+    if config.is_file() and b'"model_type"' in config.read_bytes():
+        return config
+    raise FileNotFoundError(f"no checkpoint at {path}: give a run folder that train.py made, a checkpoint.pt in it, or a Hugging Face folder")
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode, state) from a run folder or a checkpoint file. Raises FileNotFoundError or ValueError.
+    """(model in eval mode, state) from a run folder, a checkpoint file or a Hugging Face folder. Raises FileNotFoundError or ValueError.
 
-    Nothing in the file is executed: it is read with weights_only=True, and its config and weights are checked.
+    Nothing in the file is executed: it is read with weights_only=True, and its config and weights are checked. The state of
+    a Hugging Face folder (see `GPT.from_pretrained`) has `model` and `config` only.
     """
     path = find_checkpoint(path)
+    if path.name == "config.json":
+        model = GPT.from_pretrained(path.parent, device=device)
+        return model, dict(model=model.state_dict(), config=asdict(model.config))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -430,6 +480,203 @@ def load_checkpoint(path, device="cpu"):
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold a whole model: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders: the names of the parameters are Llama's already, so these are about config.json and its many ways
+
+FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+WHOLE_NUMBERS = dict(
+    vocab_size="vocab_size", max_position_embeddings="block_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
+    num_key_value_heads="n_kv_head", hidden_size="n_embd", head_dim="head_dim", intermediate_size="intermediate_size",
+)  # fmt: skip
+
+
+def pretrained_name(name):
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def read_object(path):
+    """The JSON object in a file. Raises ValueError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def pretrained_config(folder, block_size=None):
+    """The `GPTConfig` of a Hugging Face folder. Raises FileNotFoundError, or ValueError for what this model does not compute."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: give a Hugging Face folder with config.json and model.safetensors")
+    theirs = read_object(path)
+    kind = theirs.get("model_type")
+    if kind not in [*FAMILY]:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; {', '.join(FAMILY)} are")
+    for name, only in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None), ("partial_rotary_factor", 1)):
+        if theirs.get(name) not in (None, only):
+            raise ValueError(f"{path}: {name} {theirs[name]!r} is not supported, only {only!r}")
+    if theirs.get("attention_bias"):
+        raise ValueError(f"{path}: attention_bias puts a bias on o_proj, which is not supported")
+    shape = {}
+    for name, ours in WHOLE_NUMBERS.items():
+        value = shape[ours] = theirs.get(name)
+        may_lack = value is None and name in ("num_key_value_heads", "head_dim")
+        if not may_lack and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{path}: {name} must be a positive whole number, not {value!r}")
+    # transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling must be an object, not {rope!r}")
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": theirs.get("rope_theta") or 10000.0, **rope}
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported, only 1")
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", shape["block_size"])
+    theta, eps = rope.pop("rope_theta"), theirs.get("rms_norm_eps", 1e-6)
+    for name, value in (("rope_theta", theta), ("rms_norm_eps", eps)):
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{path}: {name} must be a positive number, not {value!r}")
+    window = theirs.get("sliding_window", 4096) if kind == "mistral" or theirs.get("use_sliding_window") else None
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{path}: sliding_window must be a positive whole number, not {window!r}")
+    shape["block_size"] = min(limit for limit in (shape["block_size"], window, block_size) if limit is not None)
+    try:
+        return GPTConfig(
+            **shape, attention="mha", qk_norm=kind == "qwen3", attention_bias=kind == "qwen2", rope_theta=float(theta), norm_eps=float(eps),
+            rope_scaling=None if rope["rope_type"] == "default" else rope, tie_embeddings=bool(theirs.get("tie_word_embeddings")), embedding_multiplier=1.0,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def safetensors_files(folder):
+    """The files with a folder's weights. Raises FileNotFoundError or ValueError."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
+            raise FileNotFoundError(f"{folder} has pickled weights only, and nothing is unpickled here: convert them to model.safetensors")
+        raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files")
+    names = sorted(set(names.values()))
+    for name in names:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}, which is not a safetensors file in the folder itself")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which its index names: the download is not complete")
+    return [folder / name for name in names]
+
+
+def pretrained_weights(folder, shapes, tied, dtype, device):
+    """{our name: weight} for every name in `shapes`, copied from a folder's safetensors. Raises ValueError for anything missing or odd."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("weights from a Hugging Face folder need safetensors: pip install safetensors") from None
+    def read(name):
+        with safe_open(found[name][0], framework="pt") as opened:  # opened anew for each: a mapped file counts as memory until it is closed
+            return opened.get_tensor(name)
+
+    found = {}  # their name -> file, shape, dtype
+    for file in safetensors_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    slices = opened.get_slice(name)
+                    found[name] = file, tuple(slices.get_shape()), slices.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+    names = {pretrained_name(name): name for name in shapes}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    both = sorted(names.keys() & found.keys())
+    wrong = {
+        "missing": [name for name in names if name not in found and not (tied and name == head)],
+        "unknown": [name for name in found if name not in names and not name.endswith("rotary_emb.inv_freq")],  # a table in old files
+        "of another shape": [f"{name} {found[name][1]} instead of {shapes[names[name]]}" for name in both if found[name][1] != shapes[names[name]]],
+        "not floating-point": [f"{name} {found[name][2]}" for name in both if found[name][2] not in ("F64", "F32", "F16", "BF16")],
+    }
+    if any(wrong.values()):
+        lists = [f"{len(group)} {what}: {', '.join(group[:3])}{', ...' if len(group) > 3 else ''}" for what, group in wrong.items() if group]
+        raise ValueError(f"the tensors in {folder} do not fit its config.json; {'; '.join(lists)}")
+    if tied and head in found and not torch.equal(read(head), read(embedding)):
+        raise ValueError(f"{folder} ties its output head to the embedding and stores another one: set tie_word_embeddings to false in config.json")
+    weights = {}
+    for theirs, ours in names.items():
+        if tied and theirs == head:
+            weights[ours] = weights[names[embedding]]
+        else:  # copied: the file may change or go once this returns
+            weights[ours] = read(theirs).to(device=device, dtype=dtype, copy=True)
+    return weights
+
+
+def exported_config(model, tokenizer=None):
+    """The config.json that `GPT.to_pretrained` writes. Raises ValueError for a model that the Llama family has no way to say."""
+    c = model.config
+    heads = {c.kv_heads(layer) for layer in range(c.n_layer)}
+    n_k, n_v = min(heads)
+    if c.attention not in ("mha", "mea"):
+        raise ValueError(f"{c.attention} cannot be exported: transformers has no Llama with that attention, only with mha")
+    if c.head_norm:
+        raise ValueError("a model with a head norm cannot be exported: transformers has no Llama with one (it does not fold into o_proj)")
+    if c.attention == "mea" and (heads != {(c.n_head, c.n_head)} or c.qk_norm):
+        why = "QK-norm stands between projections and compositions" if c.qk_norm else "it has fewer component heads than heads"
+        raise ValueError(f"this mea model does not fold into mha, so it cannot be exported: {why}")
+    if len(heads) > 1:
+        raise ValueError("layers with different numbers of key/value heads cannot be exported: transformers has one number for all")
+    if c.qk_norm and c.attention_bias:
+        raise ValueError("qk_norm together with attention_bias cannot be exported: Qwen3 has the first, Qwen2 the second")
+    if c.n_embd % c.n_head:
+        raise ValueError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: transformers refuses such a config")
+    if tokenizer is not None and not hasattr(tokenizer, "content"):
+        raise ValueError(f"tokenizer {tokenizer.name} has no Hugging Face form: leave it out")
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.attention_bias else "llama"
+    eos = None if tokenizer is None else tokenizer.end_of_text
+    return dict(
+        model_type=kind, architectures=[FAMILY[kind]], **{name: getattr(c, ours) for name, ours in WHOLE_NUMBERS.items()} | {"num_key_value_heads": n_k},
+        hidden_act="silu", rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
+        tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1, torch_dtype=str(model.lm_head.weight.dtype)[6:],
+        bos_token_id=None, eos_token_id=eos, pad_token_id=None,
+    )  # fmt: skip
+
+
+def write_pretrained(folder, config, weights, tokenizer=None):
+    """Write a folder beside its place and rename it when complete. Raises ValueError, FileExistsError or OSError."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("exporting needs safetensors: pip install safetensors") from None
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it first")
+    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    objects = {"config.json": config}
+    if tokenizer is not None:
+        end = tokenizer.decode([tokenizer.end_of_text])
+        objects |= {"tokenizer.json": tokenizer.content, "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=end)}
+    try:
+        new.mkdir(parents=True)
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        for name, content in objects.items():
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors lets nobody else read its files
+        for path in new.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        os.rename(new, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"could not write {folder} ({reason}); nothing of it is left") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
-import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from train import choose_device
 
 @dataclass
 class Options:
-    checkpoint: str = option("out/small", "run folder, or a checkpoint file in one")
+    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, or a Hugging Face folder")
     prompt: str = option("", "text to go on from (default: the start of a document)")
     prompt_file: str = option("", "read the prompt from this file; - is standard input")
     num_samples: int = option(1, "continuations to write")
@@ -45,6 +44,25 @@ def read_prompt(o):
     return raw.decode("utf-8", errors="replace")
 
 
+class TextStream:
+    """The text that each new token adds. A token may end inside a character, and SentencePiece spells a space by what stands before."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.tokens = tokenizer, list(prompt[-8:])
+        self.shown = len(tokenizer.decode(self.tokens))
+
+    def add(self, token):
+        self.tokens.append(token)
+        return "" if self.tokenizer.decode(self.tokens).endswith("\ufffd") else self.rest()
+
+    def rest(self):
+        text = self.tokenizer.decode(self.tokens)
+        new = text[self.shown :]
+        self.tokens = self.tokens[-8:] if len(self.tokens) > 64 else self.tokens  # a few for context: decoding all takes quadratic time
+        self.shown = len(self.tokenizer.decode(self.tokens))
+        return new
+
+
 def main(argv=None):
     o, _ = parse_options(Options, argv)
     try:
@@ -55,31 +73,33 @@ def main(argv=None):
         check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
         prompt = read_prompt(o)
         device = choose_device(o.device)
-        model, _ = load_checkpoint(o.checkpoint, device)
+        model, state = load_checkpoint(o.checkpoint, device)
         tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
-        if tokenizer.vocab_size != model.config.vocab_size:
+        if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"the tokenizer beside {o.checkpoint} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}")
     except (ValueError, OSError) as error:
         fail(error)
     if o.threads:
         torch.set_num_threads(o.threads)
-    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    start = () if "data" in state else tokenizer.start_of_text  # train.py knows no start of text
+    tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+    stop = {tokenizer.end_of_text, *range(tokenizer.vocab_size, model.config.vocab_size)}  # published models have rows that spell nothing
 
     count, began = 0, time.monotonic()
     for sample in range(o.num_samples):
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
         sys.stdout.write(prompt)
+        text = TextStream(tokenizer, tokens)
 
         def show(_, token):
-            sys.stdout.write(text.decode(tokenizer.decode_bytes([token])))
+            sys.stdout.write(text.add(token))
             sys.stdout.flush()
 
         new = model.generate(
             [tokens], o.max_new_tokens, temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, seed=o.seed + sample,
-            stop_tokens=(tokenizer.end_of_text,), use_cache=not o.no_cache, on_token=show,
+            stop_tokens=stop, use_cache=not o.no_cache, on_token=show,
         )  # fmt: skip
         count += len(new[0])
-        sys.stdout.write(text.decode(b"", final=True) + ("\n" if sample + 1 == o.num_samples else "\n\n" + "-" * 80 + "\n"))
+        sys.stdout.write(text.rest() + ("\n" if sample + 1 == o.num_samples else "\n\n" + "-" * 80 + "\n"))
     seconds = time.monotonic() - began
     positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
     cache = "no cache" if o.no_cache else (

@@ -23,7 +23,8 @@ import torch
 import model as gpt
 from data import prepare
 from data.dataset import WindowSampler, open_dataset, validation_windows
-from model import GPT, GPTConfig, load_checkpoint, option, parse_options, save_checkpoint
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig, find_checkpoint, load_checkpoint, option, parse_options, save_checkpoint
 
 DEFAULT_DATA = "data/python"
 
@@ -57,7 +58,7 @@ class Options:
     # data and run
     data_dir: str = option(DEFAULT_DATA, "prepared data set (see data/prepare.py)")
     out_dir: str = option("", "run folder (default: out/<preset>)")
-    init_from: str = option("", "run folder or checkpoint whose weights to start from")
+    init_from: str = option("", "run folder, checkpoint or Hugging Face folder whose weights to start from")
     resume: bool = option(False, "go on with the run in out_dir")
     overwrite: bool = option(False, "replace the run in out_dir")
     # optimisation
@@ -257,15 +258,27 @@ def open_run(o, given):
         config = GPTConfig(**state["config"])
     elif o.init_from:
         _, state = load_checkpoint(o.init_from)
+        if "data" not in state:  # a Hugging Face folder, whose window may be too long to train on: the option, or the preset, cuts it
+            state["config"]["block_size"] = min(o.block_size, state["config"]["block_size"])
         for name in sorted(given & set(state["config"])):
             if getattr(o, name) != state["config"][name]:
                 raise ValueError(f"{o.init_from} has {name} {state['config'][name]}, not {getattr(o, name)}: leave it out")
-        if state["data"]["tokenizer"] != dataset.meta["tokenizer"]["sha256"]:
+        if not same_tokenizer(o.init_from, state, dataset):
             raise ValueError(f"{o.data_dir} was made with another tokenizer than {o.init_from}: prepare it with that one")
         config = GPTConfig(**state["config"])
     WindowSampler(dataset.train, config.block_size)
     validation_windows(dataset.val, config.block_size, 1)
     return o, config, dataset, state
+
+
+def same_tokenizer(checkpoint, state, dataset):
+    """Whether a data set's ids mean what they meant to a checkpoint."""
+    if "data" in state:
+        return state["data"]["tokenizer"] == dataset.meta["tokenizer"]["sha256"]
+    folder = find_checkpoint(checkpoint).parent
+    if dataset.vocab_size > state["config"]["vocab_size"] or not (folder / "tokenizer.json").exists():
+        return dataset.vocab_size <= state["config"]["vocab_size"]  # all that can be known without a tokenizer
+    return getattr(dataset.tokenizer, "content", None) == load_tokenizer(folder).content
 
 
 def train(o, config, dataset, state=None):

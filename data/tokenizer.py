@@ -45,6 +45,7 @@ class Tokenizer:
     name: str
     vocab_size: int
     end_of_text: int
+    start_of_text: tuple = ()  # ids that a pretrained model saw before every text (Llama's <|begin_of_text|>)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -158,6 +159,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self.name, self.content, self.end_of_text = name, content, end_of_text
             probe = " Round  trip:\tcafé \U0001f642\n"
             exact = self.decode(self.encode(probe)) == probe
+            whole = self.tokenizer.encode("a")  # as its own model reads a text
+            self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic inside the package is no Exception
@@ -263,10 +266,15 @@ def get_tokenizer(spec: str) -> Tokenizer:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file). ValueError if the file is not sound."""
+    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder.
+
+    ValueError if the file is not sound.
+    """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     state = read_json(path, MAX_FILE_BYTES)
+    if "format" not in state and isinstance(state.get("model"), dict):
+        return HuggingFaceTokenizer.from_folder(path.parent)
     kind = state.get("kind")
     if type(state.get("format")) is not int or state["format"] != 1 or kind not in ("byte", "bpe", "tiktoken", "hf"):
         raise ValueError(f"{path} is not a tokenizer file of this program (format 1, kind byte, bpe, tiktoken or hf)")

@@ -1,0 +1,431 @@
+"""Hugging Face folders: what is read gives the logits of `transformers`, what is written is read by it, the rest is refused."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import sample
+import train
+from attention import scale_frequency
+from data.dataset import open_dataset
+from data.prepare import prepare
+from data.tokenizer import ByteTokenizer, get_tokenizer, load_tokenizer
+from model import GPT, GPTConfig, KVCache, load_checkpoint
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file
+
+V, T = 41, 64
+SHAPE = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=T, tie_word_embeddings=False, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+KINDS = {
+    "llama, tied": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "llama, untied, GQA, llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama, linear rope, head_dim": ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=99.0, factor=3.0), head_dim=10)),
+    "mistral": ("Mistral", dict(sliding_window=None, num_key_value_heads=1)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3, head_dim": ("Qwen3", dict(head_dim=12, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+}
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(kind, **fields):
+    """A small model of `transformers` with every parameter random, biases and gains too."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    name, own = KINDS[kind]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**SHAPE, **own, **fields})).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def assert_same_logits(ours, model, x=None):
+    x = tokens(2, 37) if x is None else x
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Hugging Face folder that tests copy from but do not change."""
+    folder = tmp_path_factory.mktemp("llama") / "whole"
+    theirs("llama, untied, GQA, llama3 rope").save_pretrained(folder)
+    return folder
+
+
+def changed(llama, folder, weights=None, **config):
+    """A copy of the folder with another config.json (a None removes the key) and other weights."""
+    folder.mkdir(exist_ok=True)
+    content = {**json.loads((llama / "config.json").read_text()), **config}
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    save_file(load_file(llama / "model.safetensors") if weights is None else weights, folder / "model.safetensors")
+    return folder
+
+
+# --- Reading
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(tmp_path, kind, sharded):
+    model = theirs(kind)
+    model.save_pretrained(tmp_path, max_shard_size="8KB" if sharded else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+    ours = GPT.from_pretrained(tmp_path)
+    assert not ours.training and ours.config.attention == "mha" and ours.config.kv_heads(0)[0] == model.config.num_key_value_heads
+    assert ours.n_params() == model.num_parameters() and (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_embeddings
+    assert_same_logits(ours, model, tokens(2, T))
+    new = model.generate(tokens(1, 9), max_new_tokens=12, do_sample=False)[0, 9:].tolist()
+    assert ours.generate(tokens(1, 9).tolist(), 12, temperature=0) == [new]
+
+
+def test_config_files_of_older_transformers_mean_the_same(llama, tmp_path):
+    """rope_theta and rope_scaling in two places, its type under another name, no head_dim, and the table that Llama 1 stored."""
+    x, ours = tokens(2, T), GPT.from_pretrained(llama)
+    old = {"type" if name == "rope_type" else name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    weights = {**load_file(llama / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    folder = changed(llama, tmp_path, weights, rope_parameters=None, rope_theta=500.0, rope_scaling=old, head_dim=None)
+    assert torch.equal(GPT.from_pretrained(folder)(x)[0], ours(x)[0])
+    plain = GPT.from_pretrained(changed(llama, tmp_path, rope_parameters=None, rope_theta=77.0, num_key_value_heads=2))
+    assert plain.config.rope_theta == 77.0 and plain.config.rope_scaling is None
+
+
+def test_llama3_scaling_leaves_fast_pairs_slows_slow_ones_and_joins_the_two():
+    frequency = torch.logspace(0, -4, 200, dtype=torch.float64)
+    share = scale_frequency(frequency, LLAMA3) / frequency
+    turns = 32 * frequency / (2 * torch.pi)
+    assert torch.equal(share[turns > 4], torch.ones_like(share[turns > 4]))
+    torch.testing.assert_close(share[turns < 1], torch.full_like(share[turns < 1], 1 / 8))
+    assert (share.diff() <= 0).all() and share.diff().abs().max() < 0.06
+
+
+def test_weights_are_copied_and_converted(llama, tmp_path):
+    folder = changed(llama, tmp_path)
+    whole, half = GPT.from_pretrained(folder), GPT.from_pretrained(folder, dtype=torch.bfloat16, block_size=20)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.rope_cos.dtype == torch.float32
+    assert half.config.block_size == 20 and half.rope_cos.shape == (20, 1, 8)
+    before = whole(tokens(1, 9))[0]
+    with open(folder / "model.safetensors", "r+b") as file:  # the same file, as when a download begins anew
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert torch.equal(whole(tokens(1, 9))[0], before)
+
+
+@pytest.mark.parametrize("kind,fields", [
+    ("mistral", dict(sliding_window=24)),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)),
+])  # fmt: skip
+def test_a_sliding_window_ends_the_positions_before_it_would_matter(tmp_path, kind, fields):
+    model = theirs(kind, **fields)
+    model.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.block_size == 24
+    assert_same_logits(ours, model, tokens(2, 24))
+    ours.config.block_size = T  # as if the window did not matter
+    ours.make_rope()
+    with pytest.raises(AssertionError):
+        assert_same_logits(ours, model, tokens(2, 26))
+
+
+@pytest.mark.parametrize("config,words", [
+    (dict(model_type="gemma"), "model_type 'gemma' is not supported; llama, mistral"),
+    (dict(model_type=["llama"]), "model_type"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (dict(mlp_bias=True), "mlp_bias"),
+    (dict(attention_bias=True), "attention_bias"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"),
+    (dict(rope_parameters=dict(LLAMA3, rope_type="yarn")), "rope_type 'yarn' is not implemented: default, linear and llama3"),
+    (dict(rope_parameters=dict(LLAMA3, rope_type=["llama3"])), "rope_type"),
+    (dict(rope_parameters=dict(LLAMA3, factor="8")), "positive factor, not '8'"),
+    (dict(rope_parameters=dict(LLAMA3, low_freq_factor=4)), "low_freq_factor below"),
+    (dict(rope_parameters=dict(LLAMA3, rope_theta="big")), "rope_theta"),
+    (dict(rope_parameters=dict(LLAMA3, partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
+    (dict(rope_parameters="llama3"), "rope_scaling must be an object"),
+    (dict(hidden_size=None), "hidden_size must be a positive whole number, not None"),
+    (dict(num_hidden_layers="2"), "num_hidden_layers must be"),
+    (dict(num_key_value_heads=3), "n_kv_head 3 must divide n_head 4"),
+    (dict(rms_norm_eps=0), "rms_norm_eps"),
+    (dict(model_type="mistral", sliding_window="long"), "sliding_window"),
+])  # fmt: skip
+def test_configs_that_mean_another_model_are_refused(llama, tmp_path, config, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        GPT.from_pretrained(changed(llama, tmp_path, **config))
+    assert "config.json" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_tensors_that_do_not_fit_are_named(llama, tmp_path):
+    whole = load_file(llama / "model.safetensors")
+    norm = "model.norm.weight"
+    for weights, words in (
+        ({name: w for name, w in whole.items() if name != norm}, "1 missing: model.norm.weight$"),
+        ({**whole, "surprise": torch.ones(1)}, "1 unknown: surprise$"),
+        ({**whole, norm: torch.ones(31)}, r"1 of another shape: model.norm.weight \(31,\) instead of \(32,\)$"),
+        ({**whole, norm: torch.ones(32, dtype=torch.int8)}, "1 not floating-point: model.norm.weight I8$"),
+        ({"a": torch.ones(1)}, "21 missing: model.embed_tokens.weight, .*, ...; 1 unknown: a$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GPT.from_pretrained(changed(llama, tmp_path, weights))
+
+
+def test_a_tied_model_may_store_its_head_but_not_another_one(llama, tmp_path):
+    whole = load_file(llama / "model.safetensors")
+    same = {**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}
+    assert GPT.from_pretrained(changed(llama, tmp_path, same, tie_word_embeddings=True)).config.tie_embeddings
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        GPT.from_pretrained(changed(llama, tmp_path, tie_word_embeddings=True))
+
+
+def test_folders_that_are_not_whole_are_refused(llama, tmp_path, monkeypatch):
+    folder = tmp_path / "f"
+    refusals = lambda error, words: pytest.raises(error, match=words)
+    with refusals(FileNotFoundError, "has no config.json"):
+        GPT.from_pretrained(tmp_path / "nowhere")
+    changed(llama, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (weights[: len(weights) // 2], b"", b"version https://git-lfs.github.com/spec/v1"):
+        (folder / "model.safetensors").write_bytes(content)
+        with refusals(ValueError, "model.safetensors is damaged"):
+            GPT.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with refusals(FileNotFoundError, "has no weights"):
+        GPT.from_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with refusals(FileNotFoundError, "nothing is unpickled here: convert"):
+        load_checkpoint(folder)
+    index = folder / "model.safetensors.index.json"
+    (tmp_path / "outside.safetensors").write_bytes(weights)
+    for content, error, words in (
+        ({"weight_map": {"model.norm.weight": "../outside.safetensors"}}, ValueError, "not a safetensors file in the folder itself"),
+        ({"weight_map": {"model.norm.weight": str(tmp_path / "outside.safetensors")}}, ValueError, "not a safetensors file in the folder itself"),
+        ({"weight_map": {"model.norm.weight": "pytorch_model.bin"}}, ValueError, "not a safetensors file"),
+        ({"weight_map": {"model.norm.weight": "a.safetensors"}}, FileNotFoundError, "lacks a.safetensors"),
+        ({"weight_map": {"model.norm.weight": 3}}, ValueError, "no weight_map"),
+        ({}, ValueError, "no weight_map"),
+        ([], ValueError, "holds a JSON list"),
+    ):
+        index.write_text(json.dumps(content))
+        with refusals(error, words):
+            GPT.from_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": ')
+    with refusals(ValueError, "config.json is not JSON"):
+        load_checkpoint(folder)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with refusals(ValueError, "pip install safetensors"):
+        GPT.from_pretrained(llama)
+
+
+# --- Writing
+
+
+def ours(**fields):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32, attention="mha", rope_theta=500.0), **fields})).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("fields,kind", [
+    (dict(), "llama"),
+    (dict(n_kv_head=2, head_dim=10, norm_eps=1e-4), "llama"),
+    (dict(n_kv_head=[[2, 2], [2, 2]], tie_embeddings=True, embedding_multiplier=1.0), "llama"),
+    (dict(tie_embeddings=True), "llama"),  # its multiplier goes into the embedding, which is then no longer the head
+    (dict(rope_scaling={name: value for name, value in LLAMA3.items() if name != "rope_theta"}), "llama"),
+    (dict(attention_bias=True, n_kv_head=1, head_dim=12), "qwen2"),
+    (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
+    (dict(attention="mea", head_norm=False), "llama"),
+    (dict(attention="mea", head_norm=False, attention_bias=True), "qwen2"),
+], ids=str)  # fmt: skip
+def test_what_is_written_is_read_by_transformers_and_here(tmp_path, fields, kind):
+    transformers = pytest.importorskip("transformers")
+    model = ours(**fields)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    model.to_pretrained(tmp_path / "new")
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"] == kind
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "new"]
+    assert len({path.stat().st_mode for path in (tmp_path / "new").iterdir()}) == 1
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(report.values()) and loaded.dtype == torch.float32
+    assert_same_logits(model, loaded.eval())
+    again = GPT.from_pretrained(tmp_path / "new")
+    assert again.config.block_size == T
+    torch.testing.assert_close(again(tokens(2, 37))[0], model(tokens(2, 37))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_read_and_written_has_the_same_weights(llama, tmp_path):
+    GPT.from_pretrained(llama).to_pretrained(tmp_path / "new")
+    first, second = load_file(llama / "model.safetensors"), load_file(tmp_path / "new" / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(head_norm=True), "head norm"),
+    (dict(attention="mea"), "head norm"),
+    (dict(attention="tha"), "tha cannot be exported"),
+    (dict(attention="dfa", head_norm=False), "dfa cannot be exported"),
+    (dict(attention="mea", head_norm=False, n_kv_head=2), "fewer component heads"),
+    (dict(attention="mea", head_norm=False, qk_norm=True), "QK-norm stands between"),
+    (dict(n_kv_head=[[2, 2], [4, 4]]), "different numbers of key/value heads"),
+    (dict(qk_norm=True, attention_bias=True), "Qwen3 has the first"),
+    (dict(n_embd=30, head_dim=8), "n_embd 30 is not divisible"),
+], ids=str)  # fmt: skip
+def test_models_that_transformers_does_not_know_are_not_written(tmp_path, fields, words):
+    with pytest.raises(ValueError, match=words):
+        ours(**fields).to_pretrained(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_takes_nothing_away_and_leaves_nothing_half_done(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="there exists already"):
+        ours().to_pretrained(tmp_path / "there")
+    with pytest.raises(ValueError, match="tokenizer byte has no Hugging Face form"):
+        ours().to_pretrained(tmp_path / "new", ByteTokenizer())
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # every file ends after 10 kB: a real failing write
+    try:
+        with pytest.raises(OSError, match="could not write .*new"):
+            ours().to_pretrained(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+# --- The programs
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """A folder as SentencePiece models have it: a word's token holds the space before it; <s> comes first; the model has spare rows."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("hf") / "words"
+    ours().to_pretrained(folder)
+    words = ["<s>", "</s>", "<unk>", *(f"▁w{i}" for i in range(30)), "<0xC3>", "<0xA9>"]
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    d = tokenizers.decoders
+    t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    t.add_special_tokens(["<s>", "</s>"])
+    t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+def test_a_folder_is_a_checkpoint(llama, with_tokenizer):
+    model, state = load_checkpoint(llama)
+    assert state.keys() == {"model", "config"} and state["config"] == asdict(model.config)
+    again = GPT(GPTConfig(**state["config"])).eval()
+    again.load_state_dict(state["model"])
+    assert torch.equal(again(tokens(1, 9))[0], model(tokens(1, 9))[0])
+    assert load_tokenizer(with_tokenizer).content == get_tokenizer(f"hf:{with_tokenizer}").content
+
+
+def test_sample_writes_the_words_of_a_folder(with_tokenizer, capsys, monkeypatch):
+    seen = []
+    reply = [[3 + 4, 3 + 5, 33, 34, 3 + 6] + 30 * [3 + 1, 3 + 2]]
+
+    def generate(model, prompts, *_, stop_tokens, on_token, **__):
+        seen.extend([prompts, stop_tokens])
+        [on_token(0, token) for token in reply[0]]
+        return reply
+
+    sample.main(["--checkpoint", str(with_tokenizer), "--prompt", "w1 w2", "--max_new_tokens", "5", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("w1 w2")
+    monkeypatch.setattr(GPT, "generate", generate)
+    sample.main(["--checkpoint", str(with_tokenizer), "--prompt", "w1 w2", "--device", "cpu"])
+    assert capsys.readouterr().out == "w1 w2 w4 w5é w6" + 30 * " w1 w2" + "\n"
+    assert seen == [[[0, 4, 5]], {1, *range(35, V)}]  # <s> first; </s> and rows without a token end the text
+
+
+def test_an_exported_folder_has_its_tokenizer(with_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours().to_pretrained(tmp_path / "new", get_tokenizer(f"hf:{with_tokenizer}"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("w1 w2").input_ids == [0, 4, 5]
+    assert load_tokenizer(tmp_path / "new").end_of_text == transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id == 1
+
+
+def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i % 30} w{i * i % 30}" for i in range(3000)))
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{with_tokenizer}", out_dir=tmp_path / "set")
+    prepare(source=str(tmp_path / "text.txt"), tokenizer="byte", out_dir=tmp_path / "bytes")
+    (tmp_path / "tokenizer.json").write_text((with_tokenizer / "tokenizer.json").read_text().replace("w7", "v7"))
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path}", out_dir=tmp_path / "words")
+    assert open_dataset(tmp_path / "set").vocab_size == 35 < V
+    base = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--max_steps", "2", "--learning_rate", "1e-9", "--block_size", "16"]
+    train.main([*base, "--data_dir", str(tmp_path / "set"), "--init_from", str(with_tokenizer), "--out_dir", str(tmp_path / "run")])
+    trained, state = load_checkpoint(tmp_path / "run")
+    start = GPT.from_pretrained(with_tokenizer)
+    assert trained.config.block_size == 16 and trained.config.attention == "mha"
+    for name, w in start.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], w, rtol=0, atol=1e-6)
+    prompts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "generate", lambda model, given, *_, **__: prompts.extend(given) or [[]])
+        sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1 w2", "--device", "cpu"])
+    assert prompts == [[4, 5]]  # documents began without <s> in training
+    capsys.readouterr()
+    for folder, data in ((with_tokenizer, "words"), (with_tokenizer, "bytes"), (llama, "bytes")):  # the last two have more tokens than the model
+        with pytest.raises(SystemExit):
+            train.main([*base, "--data_dir", str(tmp_path / data), "--init_from", str(folder), "--out_dir", str(tmp_path / "other")])
+        assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+# --- QK-norm
+
+
+@pytest.mark.parametrize("attention,n_kv_head", [("mha", 2), ("mha", 4), ("mea", 2), ("mea", 4), ("mea", [[3, 1], [2, 4]])])
+@pytest.mark.parametrize("chunks", [[17], [9, 8], [1] * 17], ids=["one", "two", "one by one"])
+def test_cached_equals_uncached_with_qk_norm(attention, n_kv_head, chunks):
+    model, x = ours(attention=attention, n_kv_head=n_kv_head, qk_norm=True), tokens(3, 17)
+    cache = KVCache(model.config, 3, 17)
+    parts = [model(part, cache=cache)[0] for part in x.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 3, 4])
+def test_with_qk_norm_the_forms_that_do_not_fold_agree(n_kv_head):
+    fields = dict(attention="mea", n_kv_head=n_kv_head, qk_norm=True)
+    x, logits = tokens(2, 17), ours(**fields)(tokens(2, 17))[0]
+    for form in ("compose", "absorb"):
+        torch.testing.assert_close(ours(**fields, mea_form=form)(x)[0], logits, rtol=1e-4, atol=1e-5)
+    model = ours(**fields)
+    for block in model.layers:
+        block.self_attn.form = "fold"
+    with pytest.raises(ValueError, match="do not fold"):
+        model(x)
+
+
+def test_qk_norm_makes_queries_and_keys_forget_their_length():
+    for attention in ("mha", "mea"):
+        model, x = ours(attention=attention, qk_norm=True, norm_eps=1e-12), tokens(2, 17)
+        logits = model(x)[0]
+        for block in model.layers:
+            block.self_attn.q_proj.weight.data *= 3
+            block.self_attn.k_proj.weight.data *= 5
+        torch.testing.assert_close(model(x)[0], logits, rtol=1e-4, atol=1e-5)
+        model.layers[0].self_attn.k_norm.weight.data *= 2
+        assert not torch.allclose(model(x)[0], logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(attention="tha", qk_norm=True), "qk_norm is implemented for mha and mea, not for tha"),
+    (dict(attention="dfa", qk_norm=True), "not for dfa"),
+    (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
+    (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type 'dynamic'"),
+    (dict(rope_scaling="linear"), "rope_type None"),
+])  # fmt: skip
+def test_settings_that_cannot_be_built_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        ours(**fields)
