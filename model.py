@@ -5,6 +5,7 @@ what a model costs: parameters, FLOPs and cached bytes. Read `attention.py` firs
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -238,6 +239,11 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)  # the first prediction is near uniform
         nn.init.normal_(self.embed_tokens.weight, std=1 / self.config.embedding_multiplier)
 
+    def embed(self, tokens):
+        """(B, T) token ids -> (B, T, C), as the first block sees them."""
+        x = self.embed_tokens(tokens)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+
     def hidden(self, tokens, cache=None, lengths=None):
         """(B, T) token ids -> (B, T, C), normed and ready for the output head.
 
@@ -254,9 +260,7 @@ class GPT(nn.Module):
         else:
             positions = cache.positions(T)
             rope = self.rope_cos[positions], self.rope_sin[positions]  # (B, T, 1, D)
-        x = self.embed_tokens(tokens)
-        if self.config.embedding_multiplier != 1:
-            x = x * self.config.embedding_multiplier
+        x = self.embed(tokens)
         for i, block in enumerate(self.layers):
             x = block(x, rope, None if cache is None else cache.layers[i])
         if cache is not None:
@@ -654,29 +658,45 @@ def write_pretrained(folder, config, weights, tokenizer=None):
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("exporting needs safetensors: pip install safetensors") from None
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it first")
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     objects = {"config.json": config}
     if tokenizer is not None:
         end = tokenizer.decode([tokenizer.end_of_text])
         objects |= {"tokenizer.json": tokenizer.content, "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=end)}
-    try:
-        new.mkdir(parents=True)
-        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(folder) as new:
+        try:
+            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         for name, content in objects.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors lets nobody else read its files
+
+
+@contextlib.contextmanager
+def new_folder(folder, overwrite=False):
+    """A folder to write into, which becomes `folder` when all has been written, flushed to the disk, and nothing went wrong.
+
+    Raises FileExistsError if there is something at its place and `overwrite` is False, or OSError.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not overwrite:
+        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it first")
+    new, old = (folder.with_name(f".{folder.name}.{which}-{os.getpid()}") for which in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(new, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"could not write {folder} ({reason}); nothing of it is left") from error
+    except OSError as error:
+        raise OSError(f"could not write {folder} ({error.strerror or error}); nothing of it is left") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

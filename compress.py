@@ -1,0 +1,675 @@
+"""Half the KV cache: turns the heads of a trained model into fewer cached heads that are mixed back when they are read.
+
+    python compress.py --checkpoint out/small --kv_ratio 0.5 --out_dir out/small-half
+
+n heads W_h x (keys or values of one layer) become r < n component heads B_c x, which are cached, and
+
+    W_h  ~  T_h  sum_c w[c, h] B_c.                                                                                  (*)
+
+w is MEA's compose_k or compose_v. T_h costs nothing: it goes into the matrices that read the head, W^Q for keys and W^O
+for values. `fit_heads` solves (*), `compress_layer` does it to a layer, `compress` to a model, `probe` finds out which
+layers can spare how many heads, `heal` trains what is left. Read `attention.py` first.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+
+import copy
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from attention import MEA, HeadNorm, apply_rope, causal_attention, one_hot_composition
+from data.dataset import WindowSampler, open_dataset, validation_windows
+from data.tokenizer import load_tokenizer
+from model import FORMAT, KVCache, fail, find_checkpoint, load_checkpoint, new_folder, option, parse_options, save_checkpoint, token_loss
+from train import autocast, choose_device, choose_dtype, evaluate, write_atomically
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The approximation
+#
+# Heads are (n, g, b, M): n heads of g blocks of b features. A map T_h turns each block by itself, so that a value head is one
+# block of D real features, while a key head, which RoPE turns frequency by frequency, is D/2 blocks of one complex number each.
+
+
+def key_blocks(heads):
+    """(n, D, M) real -> (n, D/2, 1, M) complex: the pairs that RoPE rotates; multiplying by a complex number commutes with it."""
+    return torch.complex(*heads.chunk(2, dim=1)).unsqueeze(2)
+
+
+def value_blocks(heads):
+    """(n, D, M) -> (n, 1, D, M): a value head may be turned as a whole."""
+    return heads.unsqueeze(1)
+
+
+def from_blocks(blocks):
+    """Undo `key_blocks` or `value_blocks`."""
+    return torch.cat((blocks.real, blocks.imag), dim=1).squeeze(2) if blocks.is_complex() else blocks.squeeze(1)
+
+
+def truncated_svd(heads, rank):
+    """The paper's approximation (appendix F): w (rank, n) and the best sum_c w[c, h] B_c for heads (n, g, b, M).
+
+    One column per head, M = U S V^T; w = V^T, and B = U S is what w^T makes of the heads, so only V is needed.
+    """
+    columns = torch.view_as_real(heads).flatten(1) if heads.is_complex() else heads.flatten(1)
+    w = torch.linalg.eigh(columns @ columns.T).eigenvectors[:, -rank:].T  # (rank, n), orthonormal rows
+    return w, torch.einsum("ch,ck,kgbm->hgbm", w.to(heads), w.to(heads), heads)
+
+
+def mixing(w, maps):
+    """The matrix of (*), heads from components, for every block: (g, n*b, r*b) from w (r, n) and T (n, g, b, b)."""
+    return torch.einsum("ch,hgab->ghacb", w.to(maps), maps).flatten(3, 4).flatten(1, 2)
+
+
+def components(w, maps, heads):
+    """The B (r, g, b, M) that suit w and T best, by least squares."""
+    b = heads.size(2)
+    stacked = heads.transpose(0, 1).flatten(1, 2)  # (g, n*b, M)
+    return (torch.linalg.pinv(mixing(w, maps), rtol=1e-9) @ stacked).unflatten(1, (-1, b)).transpose(0, 1)
+
+
+def fit_heads(heads, rank, maps="any", max_rounds=300, tolerance=1e-5):
+    """(w (rank, n), T (n, g, b, b), errors): the best (*) that alternating finds for heads (n, g, b, M).
+
+    maps   "none":      T = 1, the truncated SVD.
+           "rotations": T_h unitary. In turns T_h from the orthogonal Procrustes problem with the current approximation as its
+                        target, and the truncated SVD of the heads turned back.
+           "any":       from there on T_h, w and B in turns, each by least squares given the other two.
+    errors is the share of the heads' energy that is missing after each round. It never grows.
+    """
+
+    def missing(approximation):
+        return ((heads - approximation).abs().square().sum() / heads.abs().square().sum()).item()
+
+    def stalled():
+        return errors[-1] < 1e-14 or (len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-2])
+
+    n, g, b, _ = heads.shape
+    turn = torch.eye(b, dtype=heads.dtype, device=heads.device).expand(n, g, b, b)
+    w, target = truncated_svd(heads, rank)
+    errors = [missing(target)]
+    if maps == "none":
+        return w, turn, errors
+    while len(errors) < max_rounds:
+        left, _, right = torch.linalg.svd(heads @ target.mH)
+        turn = left @ right  # Procrustes: the unitary T_h that brings target_h closest to head h
+        w, target = truncated_svd(turn.mH @ heads, rank)
+        errors.append(missing(turn @ target))
+        if stalled():
+            break
+    if maps == "rotations":
+        return w, turn, errors
+    rounds = 0
+    while rounds < max_rounds:
+        rounds += 1
+        parts = components(w, turn, heads)  # (r, g, b, M)
+        target = torch.einsum("ch,cgbm->hgbm", w.to(heads), parts)
+        turn = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
+        turned = torch.einsum("hgab,cgbm->hcgam", turn, parts)  # T_h B_c: head h is a real combination of these
+        columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (turned, heads))
+        w = torch.linalg.lstsq(columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2), driver="gelsd").solution[:, :, 0].T
+        errors.append(missing(torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
+        if stalled():
+            break
+    return w, turn, errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer
+
+METHODS = {"svd": "none", "calibrated": "none", "aligned": "any"}  # the maps T each may use; all but svd see the data
+
+
+def effective_heads(attn, kind):
+    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and of each query head which one.
+
+    Heads that are composed already (MEA) are folded first, and equal ones, as grouped queries share them, are one head.
+    """
+    projection = attn.k_proj if kind == "k" else attn.v_proj
+    weight = projection.weight if projection.bias is None else torch.cat((projection.weight, projection.bias[:, None]), dim=1)
+    weight = weight.double().unflatten(0, (-1, attn.head_dim))  # (components, D, C)
+    if isinstance(attn, MEA):
+        composition = attn.compose_k if kind == "k" else attn.compose_v
+    else:
+        composition = one_hot_composition(attn.n_kv, attn.n_head)
+    columns, reader = torch.unique(composition.to(weight), dim=1, return_inverse=True)
+    return torch.einsum("cdm,cn->ndm", weight, columns), reader
+
+
+@torch.no_grad()
+def second_moments(attn, inputs, rope):
+    """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over inputs, a list of (B, T, C).
+
+    The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by the attention maps
+    of all its query heads: (nD, nD). For each key head and rotary frequency, the energy of the queries that read it: (n, D/2).
+    """
+    moments = {"k": 0.0, "v": 0.0, "q": 0.0}
+    (keys, k_reader), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
+    D = attn.head_dim
+    for x in inputs:
+        B, T, _ = x.shape
+        q = attn.q_proj(x).view(B, T, -1, D)
+        energy = q.double().square().mean((0, 1)).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
+        moments["q"] += torch.zeros(len(keys), D // 2, dtype=energy.dtype, device=x.device).index_add(0, k_reader, energy)
+        q = apply_rope(q, rope).transpose(1, 2)  # (B, H, T, D)
+        k, v = (project(heads, x) for heads in (keys, values))  # (B, T, n*D)
+        turned = apply_rope(k.view(B, T, -1, D), rope).transpose(1, 2)[:, k_reader]  # (B, H, T, D)
+        seen = [causal_attention(q, turned, head[:, None].expand(-1, q.size(1), -1, -1)) for head in v.split(D, dim=2)]
+        for kind, rows in (("k", k), ("v", torch.cat(seen, dim=3))):
+            rows = rows.reshape(-1, rows.size(-1)).double()
+            moments[kind] += rows.T @ rows / len(rows)
+    return moments
+
+
+def project(heads, x):
+    """x (B, T, C) -> (B, T, n*D) with heads (n, D, C), or (n, D, C + 1) whose last column is a bias."""
+    flat = heads.flatten(0, 1).to(x)
+    return F.linear(x, flat[:, : x.size(-1)], flat[:, -1] if flat.size(1) > x.size(-1) else None)
+
+
+def approximate(weight, rank, kind, maps, moment=None, importance=None):
+    """(*) for heads W (n, D, M): w (rank, n), T (n, D, D) real and the components' weights (rank, D, M), errors.
+
+    `moment` (nD, nD) is E[y y^T] of what the heads put out: errors are then those of outputs, otherwise of weights. `importance`
+    (n, blocks) multiplies them, block by block.
+    """
+    n, D, _ = weight.shape
+    blocks = key_blocks if kind == "k" else value_blocks
+    if moment is None:
+        root = weight
+    else:  # any L with L L^T = E[y y^T] has the products of the outputs: nothing longer than nD is needed
+        values, vectors = torch.linalg.eigh(moment)
+        root = (vectors * values.clamp_min(0).sqrt()).view(n, D, n * D)
+    scale = 1.0 if importance is None else importance.sqrt()[:, :, None, None]
+    w, turn, errors = fit_heads(blocks(root) * scale, rank, maps)
+    parts = from_blocks(components(w, turn, blocks(weight) * scale))  # (rank, D, M)
+    if kind == "v":
+        turn, w = turn[:, 0], w / scale[:, 0, 0, 0] if importance is not None else w
+    else:  # a complex number a + ib turns a pair by ((a, -b), (b, a))
+        turn = turn / scale
+        real, imaginary = (torch.diag_embed(part) for part in (turn.real[:, :, 0, 0], turn.imag[:, :, 0, 0]))
+        turn = torch.cat((torch.cat((real, -imaginary), dim=2), torch.cat((imaginary, real), dim=2)), dim=1)
+    return w, turn, parts, errors
+
+
+@torch.no_grad()
+def compress_layer(attn, config, layer, method, moments=None):
+    """(the MEA that replaces `attn`, {"k": error, "v": error}) with the component heads that config.kv_heads(layer) says.
+
+    W_h ~ T_h sum_c w[c, h] B_c: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into q_proj as
+    q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and its gain, which is
+    not, goes into W^O first. Keys or values that keep their number of heads stay as they are. `moments` as from
+    `second_moments`; without them weights stand in for the data.
+    """
+    new, n_head, D = MEA(config, layer).to(attn.q_proj.weight), attn.n_head, attn.head_dim
+    ours, theirs = new.state_dict(), attn.state_dict()
+    new.load_state_dict({name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}, strict=False)
+    errors = {"k": 0.0, "v": 0.0}
+    for kind, rank, projection, composition in (("k", new.n_k, new.k_proj, new.compose_k), ("v", new.n_v, new.v_proj, new.compose_v)):
+        if projection.weight.shape == theirs[f"{kind}_proj.weight"].shape:
+            continue
+        weight, reader = effective_heads(attn, kind)
+        normed = kind == "v" and isinstance(attn.head_norm, HeadNorm)
+        maps = "rotations" if normed and METHODS[method] == "any" else METHODS[method]
+        moment = None if moments is None or method == "svd" else moments[kind]
+        importance = None
+        if method == "aligned" and kind == "k" and moments is not None:
+            importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6)  # an error in a key counts as much as its queries are large
+        if method == "aligned" and normed:  # errors relative to the head's own size, by which the norm is going to divide
+            energy = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(len(weight), D).sum(1)
+            importance = 1 / energy.clamp_min(1e-30)[:, None]
+        w, turn, parts, history = approximate(weight, min(rank, len(weight)), kind, maps, moment, importance)
+        errors[kind] = history[-1]
+        spare = rank - len(parts)  # fewer distinct heads than there is room for: the rest stays zero
+        w, parts = F.pad(w, (0, 0, 0, spare)), F.pad(parts, (0, 0, 0, 0, 0, spare))
+        projection.weight.copy_(parts[:, :, : new.q_proj.in_features].flatten(0, 1))
+        if projection.bias is not None:
+            projection.bias.copy_(parts[:, :, -1].flatten())
+        composition.copy_(w[:, reader])
+        if kind == "k":
+            for q in new.q_proj.parameters():  # (H*D, C) and, if there is one, the bias (H*D)
+                q.copy_((turn[reader].mT @ q.double().view(n_head, D, -1)).view_as(q))
+        else:
+            o = new.o_proj.weight.double().view(-1, n_head, D)
+            if normed and maps == "rotations":
+                o = o * new.head_norm.weight
+                new.head_norm.weight.fill_(1.0)
+            new.o_proj.weight.copy_(torch.einsum("mha,hab->mhb", o, turn[reader]).flatten(1))
+    return new, errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model
+
+
+BUDGETS = {  # which of n layers give up heads; all three are the paper's (section 5.2)
+    "all": lambda n: range(n),
+    "deep": lambda n: range(3, n),
+    "middle": lambda n: range(round(n / 4), round(3 * n / 4)),
+}
+
+
+def uniform_ranks(config, kv_ratio, budget="all"):
+    """One (n_k, n_v) per layer: `kv_ratio` of the heads that each layer of the budget caches now, an odd one being a key head.
+
+    Keys behind a QK-norm, which does not commute with composition, stay: values give up all. Raises ValueError, naming what is
+    possible, for a ratio that is no number of heads.
+    """
+    ranks = [config.kv_heads(layer) for layer in range(config.n_layer)]
+    layers = BUDGETS[budget](config.n_layer)
+    if not layers:
+        raise ValueError(f"budget {budget} leaves none of {config.n_layer} layers to compress: use all or probe")
+    for layer in layers:
+        n_k, n_v = ranks[layer]
+        fewest = n_k + 1 if config.qk_norm else 2
+        heads = check_ratio(kv_ratio, n_k + n_v, fewest, f"{n_k} key and {n_v} value heads" + " (keys behind a QK-norm stay)" * config.qk_norm)
+        keys = n_k if config.qk_norm else max(heads - n_v, min(n_k, heads - heads // 2))
+        ranks[layer] = keys, heads - keys
+    return ranks
+
+
+def check_ratio(kv_ratio, heads, fewest, what):
+    """kv_ratio * heads, a whole number of at least `fewest`. Raises ValueError, naming what is possible."""
+    kept = round(kv_ratio * heads) if math.isfinite(kv_ratio) else 0
+    if abs(kept - kv_ratio * heads) > 1e-6 * heads or not fewest <= kept <= heads:
+        possible = [f"{n / heads:.4g}" for n in range(fewest, heads + 1)]
+        listed = ", ".join(possible if len(possible) < 20 else [*possible[:3], "..", *possible[-3:]])
+        raise ValueError(f"kv_ratio {kv_ratio:g} of {what} is no number of heads that works: {listed} are possible")
+    return kept
+
+
+def choose_ranks(config, kv_ratio, budget, costs=None):
+    """The ranks for a budget: `uniform_ranks`, or for "probe" those that `allocate` chooses by its `costs` (None only checks)."""
+    if budget != "probe":
+        return uniform_ranks(config, kv_ratio, budget)
+    pairs = [config.kv_heads(layer) for layer in range(config.n_layer)]
+    fewest = sum(n_k + 1 if config.qk_norm else 2 for n_k, _ in pairs)
+    heads = check_ratio(kv_ratio, sum(map(sum, pairs)), fewest, f"{sum(map(sum, pairs))} cached heads in {config.n_layer} layers")
+    return allocate(costs, heads) if costs else pairs
+
+
+def with_ranks(config, ranks):
+    """The config of an MEA model that caches `ranks`, one (n_k, n_v) per layer."""
+    return replace(config, attention="mea", n_kv_head=[list(pair) for pair in ranks], mea_form="auto")
+
+
+def rope_of(model, length):
+    return model.rope_cos[:length], model.rope_sin[:length]
+
+
+@torch.no_grad()
+def compress(model, ranks, method="aligned", tokens=None, chunk=4):
+    """Replace every attention of `model` by an MEA that caches `ranks`, in place: memory is the model and one layer's work.
+
+    `tokens` (N, T) are the calibration windows; without them weights stand in for the data. Every layer is fitted to what the
+    original model sees. Returns one {"k": error, "v": error} per layer.
+    """
+    config, errors = with_ranks(model.config, ranks), []
+    inputs = [] if tokens is None else [model.embed(part) for part in tokens.split(chunk)]
+    rope = None if tokens is None else rope_of(model, tokens.size(1))
+    for layer, block in enumerate(model.layers):
+        normed = [block.input_layernorm(x) for x in inputs]
+        moments = second_moments(block.self_attn, normed, rope) if inputs else None
+        new, missing = compress_layer(block.self_attn, config, layer, method, moments)
+        inputs = [block(x, rope) for x in inputs]
+        block.self_attn = new
+        errors.append(missing)
+    model.config = config
+    return errors
+
+
+@torch.no_grad()
+def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
+    """{(layer, "k" or "v"): [increase of the loss with 1, 2, .. n heads]}, each measured with the rest of the model as it is.
+
+    The paper's figure 8, for keys and values apart. `tokens` (N, T), or None, calibrate as in `compress`; `windows` (inputs,
+    targets), two arrays (N, T), measure. Only the layers from the changed one on are computed anew.
+    """
+    device, config, costs = model.embed_tokens.weight.device, model.config, {}
+    calibration = [] if tokens is None else [model.embed(part) for part in tokens.split(chunk)]
+    x, y = ([part.to(device) for part in torch.from_numpy(side).split(chunk)] for side in windows)
+    x = [model.embed(part) for part in x]
+
+    def forward(block, inputs):
+        return [block(part, rope_of(model, part.size(1))) for part in inputs]
+
+    def loss(layer):
+        outputs = x
+        for block in model.layers[layer:]:
+            outputs = forward(block, outputs)
+        losses = [token_loss(model.norm(out).flatten(0, 1), model.lm_head.weight, part.flatten()).item() * len(part) for out, part in zip(outputs, y)]
+        return sum(losses) / len(windows[0])
+
+    base = loss(0)
+    for layer, block in enumerate(model.layers):
+        original, full = block.self_attn, config.kv_heads(layer)
+        normed = [block.input_layernorm(part) for part in calibration]
+        moments = second_moments(original, normed, rope_of(model, tokens.size(1))) if normed else None
+        for kind, n in zip("kv", full):
+            costs[layer, kind] = [math.inf if kind == "k" and config.qk_norm else 0.0] * (n - 1) + [0.0]
+            for rank in range(1, n if costs[layer, kind][0] == 0.0 else 1):
+                ranks = [config.kv_heads(other) for other in range(config.n_layer)]
+                ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
+                block.self_attn, _ = compress_layer(original, with_ranks(config, ranks), layer, method, moments)
+                costs[layer, kind][rank - 1] = loss(layer) - base
+            report(layer, kind, costs[layer, kind])
+        block.self_attn = original
+        calibration, x = forward(block, calibration), forward(block, x)
+    return costs
+
+
+def allocate(costs, heads):
+    """The ranks, one [n_k, n_v] per layer, with `heads` cached heads in all and the smallest sum of `costs` (see `probe`).
+
+    Exact for that sum, by dynamic programming over what is left to give away. That the increases add up is an assumption.
+    """
+    best = {0: (0.0, ())}  # heads spent so far -> (cost, rank of every item so far)
+    for item in costs.values():
+        extended = {}
+        for spent, (cost, ranks) in best.items():
+            for rank, more in enumerate(item, 1):
+                candidate = cost + max(more, 0.0), (*ranks, rank)
+                if spent + rank <= heads and (spent + rank not in extended or candidate[0] < extended[spent + rank][0]):
+                    extended[spent + rank] = candidate
+        best = extended
+    ranks = best[heads][1]
+    return [tuple(ranks[i : i + 2]) for i in range(0, len(ranks), 2)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Healing
+
+HEALED = {  # --heal_params: what may move
+    "all": lambda name: True,
+    "attention": lambda name: ".self_attn." in name,
+    "compose": lambda name: ".compose_" in name,
+}
+
+
+def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None):
+    """Train `model` for some steps of continued pretraining, or, with a `teacher`, of distillation: sum_t KL(teacher_t || model_t) / T.
+
+    AdamW without weight decay, linear warm-up over a tenth of the steps, then a cosine to 0 (the paper's, section 5.2). `sampler` is a
+    WindowSampler and `o` has batch_size, heal_learning_rate, heal_params. Raises ValueError if the loss is no longer finite.
+    """
+    device = model.embed_tokens.weight.device
+    dtype = choose_dtype("auto", device)
+    chosen = [p for name, p in model.named_parameters() if HEALED[o.heal_params](name)]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in chosen:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(chosen, lr=o.heal_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, steps // 10)
+    model.train()
+    for step in range(steps):
+        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        optimizer.param_groups[0]["lr"] = o.heal_learning_rate * rate
+        x, y = (torch.from_numpy(part).to(device) for part in sampler.batch(step, o.batch_size))
+        with autocast(device, dtype):
+            if teacher is None:
+                loss = model(x, y)[1]
+            else:
+                with torch.no_grad():
+                    wanted = teacher(x)[0].float().flatten(0, 1).log_softmax(-1)
+                loss = F.kl_div(model(x)[0].float().flatten(0, 1).log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"loss {loss.item()} at step {step + 1} of healing: try a lower --heal_learning_rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report(step + 1, loss.item())
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@dataclass
+class Options:
+    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, or a Hugging Face folder")
+    out_dir: str = option("", "folder of the compressed model (default: the checkpoint's with -kv<ratio> behind it)")
+    overwrite: bool = option(False, "replace what out_dir holds")
+    kv_ratio: float = option(0.5, "cached heads to keep: of every layer of the budget, or, with probe, of the whole model")
+    method: str = option("aligned", "svd: the paper's; calibrated: in the metric of the data; aligned: with maps T that make heads agree first", list(METHODS))
+    budget: str = option("all", "layers that give up heads: all, deep (not the first three), middle (the middle half); probe measures who can spare most", [*BUDGETS, "probe"])
+    data_dir: str = option("", "prepared data set to calibrate, heal and measure on (default: the one the checkpoint was trained on)")
+    calibration_windows: int = option(32, "training windows that the method sees; 0: none, weights stand in for them")
+    probe_windows: int = option(8, "validation windows that a probe measures on")
+    eval_windows: int = option(64, "validation windows that the report measures on")
+    heal_steps: int = option(0, "training steps afterwards")
+    heal_learning_rate: float = option(1e-3, "peak of their schedule")
+    heal_params: str = option("all", "what they may move", list(HEALED))
+    distill: bool = option(False, "heal towards the original model's predictions instead of the tokens")
+    continue_original: bool = option(False, "also train the original for the same steps on the same tokens: what healing is measured against")
+    batch_size: int = option(8, "windows in a healing step")
+    block_size: int | None = option(None, "positions in a window (default: the model's block size, at most 1,024)")
+    context: int | None = option(None, "positions of a row for the report's bytes and decoding speed (default: the model's block size, at most 4,096)")
+    rows: int = option(1, "rows of that cache")
+    curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
+    export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["hf"])
+    seed: int = option(0, "of the calibration windows and of healing")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    threads: int = option(0, "CPU threads (0: as many as cores)")
+
+
+def open_job(o):
+    """Check everything before any work: (model, state, dataset, tokenizer). Raises ValueError or OSError."""
+    for name in ("probe_windows", "eval_windows", "batch_size", "rows"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
+    for name in ("calibration_windows", "heal_steps", "threads", "seed"):
+        if getattr(o, name) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
+    if not 0 < o.heal_learning_rate < math.inf:
+        raise ValueError(f"heal_learning_rate must be above 0, not {o.heal_learning_rate}")
+    if (o.distill or o.continue_original) and not o.heal_steps:
+        raise ValueError("distill and continue_original say how to heal: give --heal_steps too")
+    out = Path(o.out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not o.overwrite or not (out / "report.json").is_file():
+            what = "holds another model" if (out / "report.json").is_file() else "exists and compress.py did not make it"
+            raise ValueError(f"{out} {what}: give another --out_dir" + (" or --overwrite" if (out / "report.json").is_file() else ""))
+    model, state = load_checkpoint(o.checkpoint, choose_device(o.device))
+    config = model.config
+    if config.attention not in ("mha", "mea"):
+        why = {"dfa": "its two attention maps share one value, and their difference reads keys in pairs", "tha": "it mixes attention maps, so a head's keys cannot be turned alone"}
+        raise ValueError(f"{o.checkpoint} is a {config.attention} model, and only mha and mea can be compressed: {why[config.attention]}")
+    for ratio in (o.kv_ratio, *curve_of(o)):
+        choose_ranks(config, ratio, o.budget)
+    data_dir = o.data_dir or (state.get("options") or {}).get("data_dir")
+    if not data_dir:
+        raise ValueError(f"{o.checkpoint} does not say what data it was trained on: give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)")
+    dataset = open_dataset(data_dir)
+    known = (state.get("data") or {}).get("tokenizer")
+    if known and known != dataset.meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{data_dir} was made with another tokenizer than {o.checkpoint}: prepare it with that one")
+    if dataset.vocab_size > config.vocab_size:
+        raise ValueError(f"{data_dir} has {dataset.vocab_size} tokens and {o.checkpoint} knows {config.vocab_size}: prepare it with the model's tokenizer")
+    for name, default in (("block_size", 1024), ("context", 4096)):
+        value = getattr(o, name) or min(config.block_size, default)
+        if not 2 <= value <= config.block_size:
+            raise ValueError(f"{name} must be between 2 and the model's {config.block_size}, not {value}")
+        setattr(o, name, value)
+    WindowSampler(dataset.train, o.block_size)
+    validation_windows(dataset.val, o.block_size, 1)
+    return model, state, dataset
+
+
+def curve_of(o):
+    """The ratios of --curve. Raises ValueError."""
+    try:
+        return [float(part) for part in o.curve.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"curve must be ratios with commas between them, such as 1.0,0.75,0.5, not {o.curve!r}") from None
+
+
+@torch.inference_mode()
+def decoding(models, rows, context, rounds=7, tokens=8):
+    """Tokens per second of each model, decoding against a cache of about `context` positions: medians of rounds taken in turns."""
+    seconds = [[] for _ in models]
+    caches = [KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device) for model in models]
+    for turn in range(rounds + 1):  # the first one warms up
+        for model, cache, times in zip(models, caches, seconds):
+            cache.lengths = [context - tokens] * rows
+            token = torch.zeros(rows, 1, dtype=torch.long, device=cache.device)
+            began = time.perf_counter()
+            for _ in range(tokens):
+                token = model(token, cache=cache)[0].argmax(-1)
+            token.tolist()  # waits for a GPU
+            times += [time.perf_counter() - began] if turn else []
+    return [rows * tokens / statistics.median(times) for times in seconds], [cache.nbytes for cache in caches]
+
+
+def draw_report(report, path):
+    """Errors per layer, the probe and the loss against the cache, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = ["errors"] + ["probe"] * ("probe" in report) + ["curve"] * ("curve" in report)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    layers = range(len(report["ranks"]))
+    colours = {"k": "#4c72b0", "v": "#dd8452"}
+    names = {"k": "keys", "v": "values"}
+    for panel, ax in zip(panels, axes[0]):
+        if panel == "errors":
+            for kind, shift in (("k", -0.2), ("v", 0.2)):
+                ax.bar([layer + shift for layer in layers], [100 * error[kind] for error in report["errors"]], 0.4, color=colours[kind], label=names[kind])
+            for layer, (n_k, n_v) in enumerate(report["ranks"]):
+                ax.annotate(f"{n_k}|{n_v}", (layer, 0), (0, -22), textcoords="offset points", ha="center", fontsize=6)
+            ax.set(xlabel="layer (cached keys|values below)", ylabel="% of energy lost", title=f"error per layer, {report['method']}")
+            ax.xaxis.labelpad = 14
+        elif panel == "probe":
+            for kind in "kv":
+                halves = [report["probe"][kind][layer] for layer in layers]
+                ax.plot(layers, [costs[(len(costs) - 1) // 2] for costs in halves], "o-", ms=3, color=colours[kind], label=f"{names[kind]}, {(len(halves[0]) + 1) // 2} of {len(halves[0])}")
+            ax.set(xlabel="the one layer compressed", ylabel="increase of the loss (nats per token)", title="probe")
+        else:
+            points = sorted((point["kv_bytes_per_token"], point["loss"]) for point in report["curve"])
+            ax.plot(*zip(*points), "o-", ms=4, color="#55a868", label="before healing")
+            ax.axhline(report["loss"]["before"], color="grey", lw=0.8, ls="--", label="original")
+            ax.set(xlabel="cached bytes per token", ylabel="loss (nats per token)", title="loss against the cache", xlim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(o, model, state, dataset):
+    """Compress, heal and measure as the options say. Returns (compressed model, report)."""
+    device, config = model.lm_head.weight.device, model.config
+    dtype = choose_dtype("auto", device)
+    windows = validation_windows(dataset.val, o.block_size, o.eval_windows)
+    sampler = WindowSampler(dataset.train, o.block_size, o.seed)
+    tokens = torch.from_numpy(sampler.batch(0, o.calibration_windows)[0]).to(device) if o.calibration_windows and o.method != "svd" else None
+
+    def measure(model):
+        return evaluate(model, windows, o.batch_size, device, dtype)
+
+    def show(text):
+        print(text, flush=True)
+
+    loss = dict(before=measure(model))
+    show(f"{config.attention}, {model.n_params():,} parameters, {config.n_layer} layers of {config.kv_heads(0)[0]} key and {config.kv_heads(0)[1]} value heads"
+         f"\nloss {loss['before']:.4f} before")  # fmt: skip
+    report = dict(method=o.method, budget=o.budget, seed=o.seed, options=asdict(o))
+    costs = None
+    if o.budget == "probe":
+        few = tuple(part[: o.probe_windows] for part in windows)
+        said = lambda layer, kind, costs: show(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: " + " ".join(f"{c:+.4f}" for c in costs))
+        costs = probe(model, o.method, tokens, few, report=said)
+        report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
+    if o.curve:
+        report["curve"] = []
+        for ratio in curve_of(o):
+            smaller = copy.deepcopy(model)
+            compress(smaller, choose_ranks(config, ratio, o.budget, costs), o.method, tokens)
+            point = dict(kv_ratio=ratio, kv_bytes_per_token=smaller.config.kv_bytes_per_token(), loss=measure(smaller))
+            report["curve"].append(point)
+            show(f"kv_ratio {ratio:g}: {point['kv_bytes_per_token']:,} bytes per token, loss {point['loss']:.4f}")
+            del smaller
+    ranks = choose_ranks(config, o.kv_ratio, o.budget, costs)
+    shared = {} if o.heal_steps else {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    original = copy.deepcopy(model, shared)  # unless healing is going to change them, its tensors are the model's own
+    report["errors"] = compress(model, ranks, o.method, tokens)
+    loss["after"] = measure(model)
+    show(f"loss {loss['after']:.4f} after compressing ({loss['after'] - loss['before']:+.4f})")
+    if o.heal_steps:
+        data = WindowSampler(dataset.train, o.block_size, o.seed + 1)
+        every = max(1, o.heal_steps // 10)
+        said = lambda step, value: show(f"healing: step {step}/{o.heal_steps}, {'KL' if o.distill else 'loss'} {value:.4f}") if step % every == 0 else None
+        heal(model, data, o, o.heal_steps, original if o.distill else None, said)
+        loss["healed"] = measure(model)
+        show(f"loss {loss['healed']:.4f} after healing ({loss['healed'] - loss['before']:+.4f})")
+        if o.continue_original:
+            loss["continued"] = measure(heal(copy.deepcopy(original), data, replace(o, heal_params="all"), o.heal_steps))
+            show(f"loss {loss['continued']:.4f} of the original after the same steps; healed - continued {loss['healed'] - loss['continued']:+.4f}")
+    speeds, sizes = decoding([original, model], o.rows, o.context)
+    per_token = [size // (o.rows * o.context) for size in sizes]
+    report |= dict(
+        ranks=[list(pair) for pair in ranks], loss=loss, bpb={name: dataset.bits_per_byte(value) for name, value in loss.items()},
+        kv_bytes_per_token=dict(before=per_token[0], after=per_token[1]), kv_ratio=per_token[1] / per_token[0],
+        cache=dict(rows=o.rows, context=o.context, bytes=dict(before=sizes[0], after=sizes[1])),
+        decode_tokens_per_second=dict(before=round(speeds[0], 2), after=round(speeds[1], 2)),
+    )  # fmt: skip
+    return model, report
+
+
+def print_report(report):
+    print(f"\n{'':<28}{'before':>14}{'after':>14}" + f"{'healed':>14}" * ("healed" in report["loss"]) + f"{'original on':>14}" * ("continued" in report["loss"]))
+    for name, key, form in (("loss, nats per token", "loss", "14.4f"), ("bits per byte", "bpb", "14.4f"), ("cached bytes per token", "kv_bytes_per_token", "14,"),
+                            ("decoding, tokens/s", "decode_tokens_per_second", "14,.1f")):  # fmt: skip
+        print(f"{name:<28}" + "".join(f"{value:{form}}" for value in report[key].values()))
+    cache = report["cache"]
+    print(f"{'cache of ' + str(cache['rows']) + ' x ' + format(cache['context'], ','):<28}" + "".join(f"{size / 2**20:>10,.2f} MiB" for size in cache["bytes"].values()))
+    print("\nlayer   keys  values   % of energy lost: keys  values")
+    for layer, ((n_k, n_v), error) in enumerate(zip(report["ranks"], report["errors"])):
+        print(f"{layer:>5}{n_k:>7}{n_v:>8}{100 * error['k']:>23.3f}{100 * error['v']:>8.3f}")
+
+
+def main(argv=None):
+    o, _ = parse_options(Options, argv)
+    try:
+        o.out_dir = o.out_dir or f"{str(o.checkpoint).rstrip('/')}-{'hf' if o.export else f'kv{o.kv_ratio:g}'}"
+        if o.export:
+            model, _ = load_checkpoint(o.checkpoint)
+            tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
+            model.to_pretrained(o.out_dir, tokenizer if hasattr(tokenizer, "content") else None)
+            print(f"wrote {o.out_dir}, which transformers.AutoModelForCausalLM.from_pretrained reads")
+            return
+        model, state, dataset = open_job(o)
+        if o.threads:
+            torch.set_num_threads(o.threads)
+        torch.manual_seed(o.seed)
+        model, report = run(o, model, state, dataset)
+        with new_folder(o.out_dir, o.overwrite) as folder:
+            data = state.get("data") or dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"])
+            save_checkpoint(folder, dict(model=model.state_dict(), config=asdict(model.config), data=data, options=dict(data_dir=str(dataset.folder))))
+            dataset.tokenizer.save(folder)
+            write_atomically(folder / "config.json", json.dumps(dict(format=FORMAT, model=asdict(model.config)), indent=2) + "\n")
+            write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+            draw_report(report, folder / "report.png")
+    except (ValueError, OSError) as error:
+        fail(error)
+    print_report(report)
+    print(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {o.out_dir}")
+
+
+if __name__ == "__main__":
+    main()
