@@ -23,16 +23,6 @@ from model import GPT, GPTConfig, load_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A small byte-level data set of text with some structure, the same every time."""
-    folder = tmp_path_factory.mktemp("data")
-    words = np.random.default_rng(0).choice(["head", "key", "value", "query", "norm", "rope", "cache"], 6000)
-    (folder / "text.txt").write_text(" ".join(words))
-    prepare(source=str(folder / "text.txt"), tokenizer="byte", out_dir=folder / "set")
-    return str(folder / "set")
-
-
 def run(*options, data):
     """train.main in this process; numbers and flags as text."""
     train.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--data_dir", data, *map(str, options)])
