@@ -32,7 +32,7 @@ def run(*options, data):
 def trained(tmp_path_factory, data):
     """A finished run that tests may read but not change."""
     folder = tmp_path_factory.mktemp("trained") / "r"
-    run("--out_dir", folder, "--max_steps", 60, data=data)
+    run("--out_dir", folder, "--max_steps", 60, "--dtype", "float32", data=data)
     return folder
 
 
