@@ -81,7 +81,7 @@ class Options:
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
-    parallel: str = option("ddp", "under torchrun: every process holds the whole model (ddp) or its part of each matrix, gradient and moment (fsdp)", ["ddp", "fsdp"])
+    parallel: str = option("ddp", "under torchrun, each process holds the whole model (ddp) or a part of every weight and moment (fsdp)", ["ddp", "fsdp"])
     activation_checkpointing: bool = option(False, "recompute each block in the backward: less memory, about a third more time")
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")
     threads: int = option(0, "CPU threads (0: as many as cores)")
@@ -259,8 +259,8 @@ def sync_gradients(run, last):
 
 
 def whole(tensor):
-    """A tensor that fsdp has divided, put together (every rank must call); any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """A tensor that fsdp has divided, put together on the CPU (every rank must call); any other as it is."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_state(model, optimizer):
@@ -446,8 +446,8 @@ def train(o, config, dataset, state=None):
     print(
         f"{config.attention} {'with' if config.head_norm else 'without'} head norm, {model.n_params():,} parameters, "
         f"{len(dataset.train):,} tokens of {dataset.meta['source']}, {o.max_steps} steps of {step_tokens:,} tokens\n"
-        f"on {f'{world_size} processes ({o.parallel}), each ' if world_size > 1 else ''}{device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}"
-        f" in {str(dtype)[6:]}, run folder {out}"
+        f"on {f'{world_size} processes ({o.parallel}), each ' if world_size > 1 else ''}{device}"
+        f"{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''} in {str(dtype)[6:]}, run folder {out}"
         + (f", resumed at step {step}" if step else "")
     )
 
@@ -611,7 +611,8 @@ def main(argv=None):
     except RuntimeError as error:
         if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: {command()} --resume --out_dir {options.out_dir}", file=sys.stderr)
+        print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: "
+              f"{command()} --resume --out_dir {options.out_dir}", file=sys.stderr)  # fmt: skip
         raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()

@@ -323,8 +323,9 @@ def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
     told to give pieces of 1 MiB back at once, it holds what the step needs.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # for the processes started below
-    print(f"Peak memory of forward and backward beyond weights and gradients, MiB (KiB a position): batch 1, preset small, float32, CPU, one thread, "
-          f"torch {torch.__version__}, glibc told to give back what is freed. The last column is the memory of {lengths[-1]:,} positions over that of {lengths[-2]:,}: 2 is linear, 4 quadratic.\n")
+    print(f"Peak memory of forward and backward beyond weights and gradients, MiB (KiB a position): batch 1, preset small, float32, CPU, "
+          f"one thread, torch {torch.__version__}, glibc told to give back what is freed. "
+          f"The last column is the memory of {lengths[-1]:,} positions over that of {lengths[-2]:,}: 2 is linear, 4 quadratic.\n")
     print("| variant | blocks recomputed | " + " | ".join(f"T = {T:,}" for T in lengths) + " | growth |")
     print("|---|---|" + "---|" * (len(lengths) + 1))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
