@@ -82,7 +82,7 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
     parallel: str = option("ddp", "under torchrun, each process holds the whole model (ddp) or a part of every weight and moment (fsdp)", ["ddp", "fsdp"])
-    activation_checkpointing: bool = option(False, "recompute each block in the backward: less memory, about a third more time")
+    activation_checkpointing: bool = option(False, "recompute each block in the backward: less memory, more time, the same numbers")
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")
     threads: int = option(0, "CPU threads (0: as many as cores)")
 
