@@ -221,8 +221,9 @@ class TalkingHeads(nn.Module):
         self.mix_weights = nn.Parameter(torch.eye(self.n_head))
         self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
 
-    def attend(self, q, k, v, mask):
-        """q (B, H, T, D), k and v (B, H, S, D), mask (1 or B, 1, T, S) -> (B, H, T, D): the formula as it stands."""
+    def attend(self, q, k, v, positions):
+        """q (B, H, T, D), k and v (B, H, S, D), positions of the queries (1 or B, T) -> (B, H, T, D): the formula as it stands."""
+        mask = causal_mask(q.size(2), k.size(2), positions)  # (1 or B, 1, T, S); made here so that it is recomputed, too
         logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
         logits = compose_heads(logits, self.mix_logits)  # the same map between heads, of scores instead of keys
         logits = logits.masked_fill(~mask, -math.inf)  # after the mix: mixing -inf would give NaN
@@ -243,8 +244,8 @@ class TalkingHeads(nn.Module):
         for start in range(0, T, self.block):
             stop = min(start + self.block, T)
             seen = S if positions is not None else S - T + stop  # later keys are masked for the whole block
-            where = None if positions is None else positions[:, start:stop]
-            operands = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], causal_mask(stop - start, seen, where, x.device)
+            where = torch.arange(seen - (stop - start), seen, device=x.device)[None] if positions is None else positions[:, start:stop]
+            operands = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], where
             if T > self.block and torch.is_grad_enabled():
                 blocks.append(checkpoint(self.attend, *operands, use_reentrant=False))
             else:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, MEA, RMSNorm, rope_table
 
@@ -204,6 +205,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # recompute each block in the backward instead of keeping what it computed
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -262,7 +264,10 @@ class GPT(nn.Module):
             rope = self.rope_cos[positions], self.rope_sin[positions]  # (B, T, 1, D)
         x = self.embed(tokens)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, None if cache is None else cache.layers[i])
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, None if cache is None else cache.layers[i])
         if cache is not None:
             cache.lengths = [old + new for old, new in zip(cache.lengths, lengths or [T] * B)]
         return self.norm(x)

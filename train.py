@@ -2,7 +2,7 @@
 
 A run folder (--out_dir) holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metrics.jsonl (a line a step)
 and, with matplotlib, loss.png. A run that was stopped, or killed, goes on with --resume and ends with the same weights bit
-for bit on a CPU. Read `model.py` first and `sample.py` next.
+for bit on a CPU. Under `torchrun` several processes train one model. Read `model.py` first and `sample.py` next.
 """
 
 import os
@@ -16,9 +16,11 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import model as gpt
 from data import prepare
@@ -64,7 +66,7 @@ class Options:
     # optimisation
     max_steps: int = option(350, "optimiser steps")
     batch_size: int = option(8, "windows in a micro-batch")
-    grad_accum: int = option(1, "micro-batches in a step")
+    grad_accum: int = option(1, "micro-batches in a step, in each process: 2 processes see what one with twice as many sees")
     learning_rate: float = option(6e-3, "peak of the schedule")
     warmup_steps: int = option(50, "steps of linear warm-up")
     schedule: str = option("cosine", "after warm-up: cosine to 10 % of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
@@ -80,12 +82,15 @@ class Options:
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
+    parallel: str = option("ddp", "under torchrun, each process holds the whole model (ddp) or a part of every weight and moment (fsdp)", ["ddp", "fsdp"])
+    activation_checkpointing: bool = option(False, "recompute each block in the backward: less memory, more time, the same numbers")
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")
     threads: int = option(0, "CPU threads (0: as many as cores)")
 
 
 # What --resume may change: the rest would make it another run.
-CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every", "device", "compile", "threads"}
+CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every", "device", "parallel",
+              "activation_checkpointing", "compile", "threads"}  # fmt: skip
 
 
 def check_options(o):
@@ -113,8 +118,13 @@ def check_options(o):
 
 def choose_device(name="auto"):
     """torch.device for an option's text. Raises ValueError if this machine has no such device."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
+    if several and name not in ("cpu", "cuda"):
+        raise ValueError(f"several processes train on cpu or cuda, where each takes a GPU of its own, not on {name}")
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -159,6 +169,131 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def scheduler_times():
+    """Seconds that this process's threads have run, and have waited for a core to run on; (0, 0) where Linux does not say."""
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):  # a thread may have ended
+            times = path.read_text().split()
+            ran, waited = ran + int(times[0]), waited + int(times[1])
+    return ran / 1e9, waited / 1e9
+
+
+def crowded(ran, waited):
+    """Whether threads that ran and waited for so many seconds had to share their cores. Sleeping, as for a disk, is neither.
+
+    Alone on its core a training thread waited for 1 % of the time, beside one busy process for 50 %, beside two for 65 %.
+    """
+    return ran + waited > 10 and waited > 0.3 * (ran + waited)
+
+
+class CrowdWatch:
+    """Says once, in one line, that other programs or too many threads make the run slow."""
+
+    def __init__(self):
+        self.before, self.said = None, False
+
+    def look(self):
+        now = scheduler_times()
+        if self.before is None:  # the first step warms up, and compiles
+            self.before = now
+        ran, waited = (b - a for a, b in zip(self.before, now))
+        if crowded(ran, waited) and not self.said:
+            threads = torch.get_num_threads()
+            fewer = f", or give --threads {max(1, min(threads, os.cpu_count()) - 1)} instead of {threads}" if threads > 1 else ""
+            print(f"slow: this run's threads spend {waited / (ran + waited):.0%} of their time waiting for one of the {os.cpu_count()} cores "
+                  f"(load {os.getloadavg()[0]:.1f}): end other programs{fewer}", file=sys.stderr)  # fmt: skip
+            self.said = True
+        if ran + waited > 10:
+            self.before = now
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts this program in each. Rank 0 speaks and writes; alone, a process is rank 0 of 1
+
+
+def ranks():
+    """(rank, world size) of this process; (0, 1) outside of torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather(number):
+    """The numbers of all ranks in their order, a list. Every rank must call, and waits for the last one."""
+    rank, world_size = ranks()
+    if world_size == 1:
+        return [number]
+    numbers = torch.zeros(world_size, dtype=torch.float64)
+    numbers[rank] = number
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def join_processes():
+    """Find the others that torchrun started. Raises ValueError where it did not."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def spread(model, parallel, device):
+    """What to call in place of the model so that the ranks' gradients are averaged; fsdp divides `model` itself among them."""
+    _, world_size = ranks()
+    if world_size == 1:
+        return model
+    if parallel == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (world_size,))
+    for part in (*model.layers, model):  # a block's matrices are gathered when it runs
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def sync_gradients(run, last):
+    """Let the next backward exchange gradients only if it is the step's last."""
+    if hasattr(run, "set_requires_gradient_sync"):  # fsdp
+        run.set_requires_gradient_sync(last)
+    elif ranks()[1] > 1:
+        run.require_backward_grad_sync = last
+
+
+def whole(tensor):
+    """A tensor that fsdp has divided, put together on the CPU (every rank must call); any other as it is."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(model, optimizer):
+    """(model's state, optimizer's state) on rank 0 as one process would have them. Every rank must call."""
+
+    def collect(values):  # one tensor at a time: only rank 0 has to hold them all
+        collected = {}
+        for name, value in values.items():
+            value = whole(value)
+            if ranks()[0] == 0:
+                collected[name] = value
+        return collected
+
+    state = optimizer.state_dict()
+    return collect(model.state_dict()), {**state, "state": {i: collect(moments) for i, moments in state["state"].items()}}
+
+
+def divided_state(state, optimizer):
+    """The inverse for an optimizer's state: moments divided as fsdp has divided their parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def divide(value, p):
+        if not hasattr(p, "full_tensor") or value.shape != p.shape:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+    moments = {i: {name: divide(value, parameters[i]) for name, value in entry.items()} for i, entry in state["state"].items()}
+    return {**state, "state": moments}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a step
 
@@ -197,16 +332,18 @@ class SpikeCounter:
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, device, dtype):
-    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T)."""
+    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T), divided among the ranks."""
     was_training = model.training
     model.eval()
-    total = 0.0
-    for start in range(0, len(windows[0]), batch_size):
-        x, y = (torch.from_numpy(part[start : start + batch_size]).to(device) for part in windows)
+    total, (rank, world_size) = 0.0, ranks()
+    for start in range(rank * batch_size, len(windows[0]) + rank * batch_size, world_size * batch_size):
+        count = len(windows[0][start : start + batch_size])
+        rows = slice(start, start + batch_size) if count else slice(1)  # with nothing left, too: fsdp needs every rank
+        x, y = (torch.from_numpy(part[rows]).to(device) for part in windows)
         with autocast(device, dtype):
-            total += model(x, y)[1].item() * len(x)
+            total += model(x, y)[1].item() * count
     model.train(was_training)
-    return total / len(windows[0])
+    return sum(gather(total)) / len(windows[0])
 
 
 class Stop(Exception):
@@ -224,8 +361,7 @@ class Stop(Exception):
 def open_run(o, given):
     """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError."""
     check_options(o)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # two processes would write one run folder
-        raise ValueError("several processes are not supported yet: run python train.py without torchrun")
+    _, world_size = ranks()
     out = Path(o.out_dir or f"out/{o.preset}")
     state = None
     if o.resume:
@@ -233,6 +369,10 @@ def open_run(o, given):
         if not isinstance(state.get("options"), dict) or "optimizer" not in state:
             raise ValueError(f"{out} holds weights without a training run to go on with: use --init_from {out}")
         saved = Options(**state["options"])
+        micro_batches = saved.grad_accum * state.get("world_size", 1)  # a step's, in all processes together
+        if micro_batches % world_size:
+            raise ValueError(f"a step of this run is {micro_batches} micro-batches, which {world_size} processes cannot share equally: start another number")
+        saved.grad_accum = micro_batches // world_size
         for name in sorted(given - CHANGEABLE):
             if getattr(o, name) != getattr(saved, name):
                 raise ValueError(f"this run has {name} {getattr(saved, name)}, not {getattr(o, name)}: leave it out to resume, or start another run")
@@ -284,71 +424,84 @@ def same_tokenizer(checkpoint, state, dataset):
 def train(o, config, dataset, state=None):
     """Train as the options say and return the model. `state` is the checkpoint to resume or to take weights from."""
     out = Path(o.out_dir)
+    rank, world_size = ranks()
     device = choose_device(o.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = choose_dtype(o.dtype, device)
     if o.threads:
         torch.set_num_threads(o.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
     torch.manual_seed(o.seed)
     model = GPT(config).to(device)
+    model.activation_checkpointing = o.activation_checkpointing
+    if state is not None:
+        model.load_state_dict(state["model"])
+    spread_model = spread(model, o.parallel, device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(o.weight_decay), lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=device.type in ("cpu", "cuda")
     )
     step, spikes = 0, SpikeCounter()
-    if state is not None:
-        model.load_state_dict(state["model"])
     if o.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(divided_state(state["optimizer"], optimizer))
         step, spikes = state["step"], SpikeCounter(**state["spikes"])
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     first_step = step
     del state
-    run = torch.compile(model) if o.compile else model
+    run = torch.compile(spread_model) if o.compile else spread_model
     sampler = WindowSampler(dataset.train, config.block_size, o.seed)
     windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
-    step_tokens = o.batch_size * o.grad_accum * config.block_size
-    prepare_folder(o, config, dataset, step)
+    step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
+    if rank == 0:
+        prepare_folder(o, config, dataset, step)
     print(
         f"{config.attention} {'with' if config.head_norm else 'without'} head norm, {model.n_params():,} parameters, "
         f"{len(dataset.train):,} tokens of {dataset.meta['source']}, {o.max_steps} steps of {step_tokens:,} tokens\n"
-        f"on {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''} in {str(dtype)[6:]}, run folder {out}"
+        f"on {f'{world_size} processes ({o.parallel}), each ' if world_size > 1 else ''}{device}"
+        f"{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''} in {str(dtype)[6:]}, run folder {out}"
         + (f", resumed at step {step}" if step else "")
     )
 
     def save():
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
         data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"], bytes_per_token=dataset.meta["splits"]["val"]["bytes"] / len(dataset.val))
-        save_checkpoint(
-            out, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, rng=rng, config=asdict(config),
-                      options=asdict(o), data=data, spikes=vars(spikes))
-        )  # fmt: skip
+        weights, moments = whole_state(model, optimizer)
+        if rank == 0:
+            save_checkpoint(
+                out, dict(model=weights, optimizer=moments, step=step, rng=rng, config=asdict(config),
+                          options=asdict(o), world_size=world_size, data=data, spikes=vars(spikes))
+            )  # fmt: skip
 
     def last_good():
         saved = step // o.save_every * o.save_every
         return f"the last good checkpoint is {out / 'checkpoint.pt'}" if saved > 0 or first_step else "no checkpoint was saved yet"
 
-    signals = []
+    signals, crowd = [], CrowdWatch()
     handlers = {s: signal.signal(s, lambda number, _: signals.append(number) if not signals else os._exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     began = shown = time.monotonic()
     try:
-        with open(out / "metrics.jsonl", "a", buffering=1) as metrics:
+        with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
             while step < o.max_steps:
                 started = time.monotonic()
+                if rank > 0:  # dropout: rank 0 goes on with its saved stream, the others' follow from (seed, rank, step)
+                    torch.manual_seed(hash((o.seed, rank, step)))
                 rate = learning_rate(o, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss = 0.0
                 for micro_step in range(o.grad_accum):
-                    x, y = sampler.batch(step, o.batch_size, micro_step=micro_step, grad_accum=o.grad_accum)
+                    x, y = sampler.batch(step, o.batch_size, rank=rank, world_size=world_size, micro_step=micro_step, grad_accum=o.grad_accum)
                     x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+                    sync_gradients(spread_model, last=micro_step == o.grad_accum - 1)
                     with autocast(device, dtype):
                         part = run(x, y)[1] / o.grad_accum
                     part.backward()
                     loss += part.item()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf).item()
+                loss = sum(gather(loss)) / world_size
+                norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)).item()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise Stop(f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update; {last_good()}. "
                                "Try a lower --learning_rate or more --warmup_steps", 1)  # fmt: skip
@@ -358,7 +511,7 @@ def train(o, config, dataset, state=None):
                 seconds = time.monotonic() - started
                 line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm,
                             tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))  # fmt: skip
-                if (mfu := utilisation(config.flops_per_token() * step_tokens / seconds, device)) is not None:
+                if (mfu := utilisation(config.flops_per_token() * step_tokens / world_size / seconds, device)) is not None:
                     line["mfu"] = round(mfu, 4)
                 if step % o.eval_every == 0 or step == o.max_steps:
                     line["val_loss"] = evaluate(run, windows, o.batch_size, device, dtype)
@@ -368,15 +521,25 @@ def train(o, config, dataset, state=None):
                 if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     print_progress(line, o.max_steps, (shown - began) / (step - first_step))
-                if step % o.save_every == 0 or step == o.max_steps or signals:
+                    if rank == 0:
+                        crowd.look()
+                stop = int(max(gather(signals[0] if signals else 0)))  # a signal may reach only one of the ranks
+                if step % o.save_every == 0 or step == o.max_steps or stop:
                     save()
-                if signals and step < o.max_steps:
-                    raise Stop(f"stopped by {signal.Signals(signals[0]).name} at step {step}, saved; go on with: python train.py --resume --out_dir {out}", 128 + signals[0])
+                if stop and step < o.max_steps:
+                    raise Stop(f"stopped by {signal.Signals(stop).name} at step {step}, saved; go on with: {command()} --resume --out_dir {out}", 128 + stop)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    draw_losses(out)
+    if rank == 0:
+        draw_losses(out)
     return model
+
+
+def command():
+    """How this program was started."""
+    _, world_size = ranks()
+    return "python train.py" if world_size == 1 else f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} train.py"
 
 
 def prepare_folder(o, config, dataset, step):
@@ -395,7 +558,7 @@ def prepare_folder(o, config, dataset, step):
             (out / name).unlink(missing_ok=True)
         dataset.tokenizer.save(out)
     data = dict(folder=o.data_dir, fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["name"])
-    content = dict(format=gpt.FORMAT, model=asdict(config), options=asdict(o), data=data, torch=torch.__version__)
+    content = dict(format=gpt.FORMAT, model=asdict(config), options=asdict(o), world_size=ranks()[1], data=data, torch=torch.__version__)
     write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -442,13 +605,33 @@ def main(argv=None):
     began = time.monotonic()
     options, given = parse_options(Options, argv, PRESETS)
     try:
+        join_processes()
+        rank, world_size = ranks()
+        if rank > 0:
+            gather(0)  # rank 0 looks first: it may have data to prepare, and one message about a mistake is enough
         options, config, dataset, state = open_run(options, given)
+        if rank == 0:
+            gather(0)
+        gather(0)  # nobody writes before all have looked
         model = train(options, config, dataset, state)
     except Stop as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        if rank == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
         raise SystemExit(stop.code)
     except (ValueError, OSError) as error:
         gpt.fail(error)
+    except RuntimeError as error:
+        if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: "
+              f"{command()} --resume --out_dir {options.out_dir}", file=sys.stderr)  # fmt: skip
+        raise SystemExit(1)
+    if world_size > 1:
+        dist.destroy_process_group()
+        if rank > 0:
+            return
+        model = load_checkpoint(options.out_dir, choose_device(options.device))[0]  # fsdp has only a part of it here
     tokenizer, out = dataset.tokenizer, options.out_dir
     prompt = "def" if dataset.meta["source"] == "python" else "The"  # no space behind it: tokens begin with their space
     new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), temperature=0.8, top_k=50, seed=options.seed)[0]

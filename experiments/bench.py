@@ -7,6 +7,7 @@ Times are measured where they can be: no roofline is a measurement.
 
     python experiments/bench.py --training          # a training step of every variant, as a ratio to MHA
     python experiments/bench.py --decoding          # generation with and without the cache
+    python experiments/bench.py --memory            # peak memory of a training step against the sequence's length, on the CPU
     python experiments/bench.py --kernels           # rooflines, and timings on this machine
     python experiments/bench.py --aot sm_80,sm_90   # the model beside the compiled loops
 
@@ -14,6 +15,7 @@ Read first: attention.py and kernels.py.
 """
 import argparse
 import math
+import multiprocessing
 import os
 import re
 import statistics
@@ -290,16 +292,61 @@ def bench_decoding(tokens=512, rounds=3):
               f"{model.config.kv_bytes_per_token():,} |")
 
 
+def memory_of_step(fields, T, recompute):
+    """Peak bytes that a training step of batch 1 at T positions takes beyond the model and its gradients.
+
+    Of the whole process, as Linux counts its pages: the high-water mark is set back after a short step has loaded what is loaded
+    once. So every step needs a process of its own, where no memory that an earlier one freed is used again.
+    """
+    torch.set_num_threads(1)
+    model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields, "block_size": T}))
+    model.activation_checkpointing = recompute
+
+    def step(length):
+        x = torch.randint(2048, (1, length + 1))
+        model(x[:, :-1], x[:, 1:])[1].backward()
+
+    def status(name):
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    step(16)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    step(T)
+    return status("VmHWM") - before
+
+
+def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
+    """Memory that is linear in the length shows as the same KiB a position in every column.
+
+    glibc keeps most of what is freed, and where the pieces differ in size, as those of Talking-Heads do, it cannot use them again:
+    told to give pieces of 1 MiB back at once, it holds what the step needs.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # for the processes started below
+    print(f"Peak memory of forward and backward beyond weights and gradients, MiB (KiB a position): batch 1, preset small, float32, CPU, "
+          f"one thread, torch {torch.__version__}, glibc told to give back what is freed. "
+          f"The last column is the memory of {lengths[-1]:,} positions over that of {lengths[-2]:,}: 2 is linear, 4 quadratic.\n")
+    print("| variant | blocks recomputed | " + " | ".join(f"T = {T:,}" for T in lengths) + " | growth |")
+    print("|---|---|" + "---|" * (len(lengths) + 1))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        for name in ("mha", "mea", "dfa", "tha"):
+            for recompute in (False, True):
+                peaks = [fresh.apply(memory_of_step, (VARIANTS[name][0], T, recompute)) for T in lengths]
+                cells = " | ".join(f"{peak / 2**20:,.0f} ({peak / 1024 / T:.0f})" for peak, T in zip(peaks, lengths))
+                print(f"| {name} | {'yes' if recompute else 'no'} | {cells} | {peaks[-1] / peaks[-2]:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Benchmarks: training, decoding, rooflines and compiled code.")
     parser.add_argument("--training", action="store_true", help="a training step of every variant, as a ratio to MHA")
     parser.add_argument("--decoding", action="store_true", help="generation with and without the cache")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
     parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine")
     parser.add_argument("--aot", metavar="TARGETS", help="compile for these NVIDIA targets (sm_80,sm_90) and count what the loops do")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
-    if not (arguments.training or arguments.decoding or arguments.kernels or arguments.aot):
-        parser.error("nothing to do: give --training, --decoding, --kernels or --aot TARGETS")
+    if not (arguments.training or arguments.decoding or arguments.memory or arguments.kernels or arguments.aot):
+        parser.error("nothing to do: give --training, --decoding, --memory, --kernels or --aot TARGETS")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.aot:
@@ -315,6 +362,10 @@ def main():
         bench_training()
     if arguments.decoding:
         bench_decoding()
+    if arguments.memory:
+        if not Path("/proc/self/clear_refs").exists():
+            parser.error("--memory reads Linux's /proc/self/status, which is not here")
+        bench_memory()
 
 
 if __name__ == "__main__":

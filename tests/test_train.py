@@ -23,16 +23,6 @@ from model import GPT, GPTConfig, load_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A small byte-level data set of text with some structure, the same every time."""
-    folder = tmp_path_factory.mktemp("data")
-    words = np.random.default_rng(0).choice(["head", "key", "value", "query", "norm", "rope", "cache"], 6000)
-    (folder / "text.txt").write_text(" ".join(words))
-    prepare(source=str(folder / "text.txt"), tokenizer="byte", out_dir=folder / "set")
-    return str(folder / "set")
-
-
 def run(*options, data):
     """train.main in this process; numbers and flags as text."""
     train.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--data_dir", data, *map(str, options)])
@@ -42,7 +32,7 @@ def run(*options, data):
 def trained(tmp_path_factory, data):
     """A finished run that tests may read but not change."""
     folder = tmp_path_factory.mktemp("trained") / "r"
-    run("--out_dir", folder, "--max_steps", 60, data=data)
+    run("--out_dir", folder, "--max_steps", 60, "--dtype", "float32", data=data)
     return folder
 
 
@@ -298,6 +288,62 @@ def test_spikes_are_counted_and_noise_and_progress_are_not():
     assert counter.count == 2
 
 
+@pytest.mark.parametrize("attention", gpt.ATTENTION)
+def test_activation_checkpointing_changes_the_memory_and_no_number(tmp_path, data, attention):
+    options = ["--attention", attention, "--dropout", 0.1, "--n_layer", 3, "--max_steps", 3]
+    for name, extra in (("kept", []), ("recomputed", ["--activation_checkpointing"])):
+        run(*options, *extra, "--out_dir", tmp_path / name, data=data)
+    assert without_clock(metrics(tmp_path / "kept")) == without_clock(metrics(tmp_path / "recomputed"))
+
+    model, _ = load_checkpoint(tmp_path / "kept")
+    x, y = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 2, 63)))
+    weights, saved = {p.data_ptr() for p in model.parameters()}, {}
+    for model.activation_checkpointing in (False, True):
+        kept = {}  # storages that the graph holds on to until the backward
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage()}) or t, lambda t: t):
+            model.train()(x, y)
+        saved[model.activation_checkpointing] = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+    inputs = 3 * x.numel() * model.config.n_embd * 4  # of the three blocks: the checkpoints keep them past the hooks
+    assert saved[True] + inputs < 0.5 * saved[False]
+
+
+def test_a_crowded_machine_is_told_from_a_busy_or_a_slow_one():
+    assert train.crowded(10, 10)  # one thread beside one busy process
+    assert train.crowded(13, 19)  # two threads on two cores, one of them shared
+    assert not train.crowded(100, 1)  # alone on its cores
+    assert not train.crowded(100, 25)  # a visitor now and then
+    assert not train.crowded(3, 4)  # too short to tell
+    assert not train.crowded(0, 0)  # asleep, waiting for a disk, or not on Linux
+
+
+def test_the_word_about_a_crowded_machine_is_said_once(monkeypatch, capsys):
+    times = iter([(5.0, 5.0), (8.0, 8.0), (20.0, 20.0), (40.0, 40.0)])
+    monkeypatch.setattr(train, "scheduler_times", lambda: next(times))
+    watch, said = train.CrowdWatch(), []
+    for _ in range(4):
+        watch.look()
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] == said[3] == ""
+    assert said[2].startswith("slow: this run's threads spend 50% of their time waiting") and said[2].count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts this")
+def test_the_scheduler_counts_what_threads_run():
+    (ran, waited), began = train.scheduler_times(), time.process_time()
+    while time.process_time() < began + 0.2:
+        pass
+    now = train.scheduler_times()
+    assert now[0] - ran == pytest.approx(0.2, abs=0.1) and now[1] >= waited
+
+
+def test_threads_are_as_many_as_asked(tmp_path, data, capsys):
+    try:
+        run("--out_dir", tmp_path / "r", "--max_steps", 1, "--threads", 2, data=data)
+        assert torch.get_num_threads() == 2 and "(2 threads)" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_preset_is_overridden_by_what_is_given():
     options, given = gpt.parse_options(train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS)
     assert (options.n_layer, options.n_embd, options.batch_size, options.head_norm, options.compile) == (3, 32, 8, False, True)
@@ -307,7 +353,7 @@ def test_a_preset_is_overridden_by_what_is_given():
 
 def test_compiled_and_bfloat16_runs_train(tmp_path, data):
     run("--out_dir", tmp_path / "low", "--max_steps", 30, "--dtype", "bfloat16", data=data)
-    run("--out_dir", tmp_path / "full", "--max_steps", 30, data=data)
+    run("--out_dir", tmp_path / "full", "--max_steps", 30, "--dtype", "float32", data=data)
     low, full = (metrics(tmp_path / name)[-1]["val_loss"] for name in ("low", "full"))
     assert low != full and low == pytest.approx(full, abs=0.1)
 

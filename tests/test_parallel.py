@@ -1,0 +1,158 @@
+"""Several processes: what they train is what one process trains, their checkpoints are interchangeable, and none is left hanging."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from model import ATTENTION, load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--schedule", "constant",
+           "--eval_every", "10", "--eval_windows", "5", "--save_every", "10"]  # fmt: skip
+
+
+def alone(*options):
+    train.main([*OPTIONS, *map(str, options)])
+
+
+def launch(*options, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *OPTIONS, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def together(*options):
+    """A finished run in two processes: what they printed."""
+    process = launch(*options)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_losses(a, b):
+    """Every step's mean loss and gradient norm, the tokens seen and the validation losses."""
+    a, b = metrics(a), metrics(b)
+    assert [(line["step"], line["tokens"]) for line in a] == [(line["step"], line["tokens"]) for line in b]
+    for first, second in zip(a, b):
+        for name in ("train_loss", "grad_norm", *(["val_loss"] if "val_loss" in first else [])):
+            assert first[name] == pytest.approx(second[name], rel=1e-5), (first["step"], name)
+
+
+def test_a_run_goes_through_ddp_fsdp_and_one_process_as_if_it_had_been_one(tmp_path, data, capsys):
+    shared = ["--data_dir", data, "--tie_embeddings"]
+    alone(*shared, "--grad_accum", 4, "--max_steps", 20, "--out_dir", tmp_path / "one")
+    moved = tmp_path / "moved"
+    out = together(*shared, "--grad_accum", 2, "--max_steps", 5, "--out_dir", moved)
+    assert out.count("step     1/5") == 1 and "2 processes (ddp)" in out and out.count("A sample:") == 1  # rank 0 alone speaks
+    assert load_checkpoint(moved)[1]["world_size"] == 2
+    alone("--resume", "--max_steps", 10, "--out_dir", moved)  # grad_accum follows: 4 in one process
+    assert load_checkpoint(moved)[1]["options"]["grad_accum"] == 4
+    out = together("--resume", "--parallel", "fsdp", "--max_steps", 15, "--out_dir", moved)
+    assert "2 processes (fsdp)" in out and "resumed at step 10" in out
+    alone("--resume", "--max_steps", 20, "--out_dir", moved)
+    assert_same_losses(tmp_path / "one", moved)
+    (_, one), (_, other) = load_checkpoint(tmp_path / "one"), load_checkpoint(moved)
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(other["model"][name], weight, rtol=1e-3, atol=1e-4)
+    assert list(one["model"]) == list(other["model"]) and list(one["optimizer"]["state"]) == list(other["optimizer"]["state"])
+    capsys.readouterr()
+    sample.main(["--checkpoint", str(moved), "--prompt", "key", "--max_new_tokens", "5"])
+    assert capsys.readouterr().out.startswith("key")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_two_processes_train_every_variant_as_one_with_twice_the_micro_batches(tmp_path, data, attention, parallel):
+    shared = ["--data_dir", data, "--attention", attention, "--max_steps", 20]
+    alone(*shared, "--grad_accum", 4, "--out_dir", tmp_path / "one")
+    together(*shared, "--grad_accum", 2, "--parallel", parallel, "--out_dir", tmp_path / "two")
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [["--activation_checkpointing"], ["--compile"]], ids=str)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_recompute_and_compile(tmp_path, data, parallel, extra):
+    shared = ["--data_dir", data, "--max_steps", 5]
+    alone(*shared, "--grad_accum", 4, "--out_dir", tmp_path / "one")
+    together(*shared, "--grad_accum", 2, "--parallel", parallel, *extra, "--out_dir", tmp_path / "two")
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_losing_one_process_ends_the_run_soon_and_it_resumes_bit_for_bit(tmp_path, data, parallel, number):
+    shared = ["--data_dir", data, "--parallel", parallel, "--dropout", 0.1, "--max_steps", 150]
+    together(*shared, "--out_dir", tmp_path / "whole")
+    process = launch(*shared, "--out_dir", tmp_path / "cut")
+    while not (tmp_path / "cut" / "checkpoint.prev.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    began = time.monotonic()
+    os.kill(int(listed[-1]), number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 40
+    assert "--resume --out_dir" in errors and "train.py\", line" not in errors  # one line of ours; torchrun adds its own account
+    if number == signal.SIGTERM:
+        assert errors.count("stopped by SIGTERM") == 1 and "saved; go on with: torchrun --nproc_per_node 2 train.py" in errors
+    assert load_checkpoint(tmp_path / "cut")[1]["step"] < 150
+    together("--resume", "--out_dir", tmp_path / "cut")
+    (_, whole), (_, cut) = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
+    assert whole["step"] == cut["step"] == 150
+    for name, weight in whole["model"].items():
+        assert torch.equal(cut["model"][name], weight), name
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path, data):
+    process = launch("--data_dir", data, "--max_steps", 50, "--learning_rate", 1e18, "--warmup_steps", 0, "--out_dir", tmp_path / "s")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count("stopped before the update") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_is_reported_once(tmp_path, data):
+    process = launch("--data_dir", data, "--n_embd", 30, "--out_dir", tmp_path / "r")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and errors.count("error: n_embd 30 is not divisible") == 1 and not (tmp_path / "r").exists()
+
+
+def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, monkeypatch):
+    alone("--data_dir", data, "--grad_accum", 4, "--max_steps", 1, "--out_dir", tmp_path / "r")
+    monkeypatch.setattr(train, "ranks", lambda: (0, 3))
+    options = train.Options(resume=True, out_dir=str(tmp_path / "r"))
+    with pytest.raises(ValueError, match="4 micro-batches, which 3 processes cannot share equally"):
+        train.open_run(options, {"resume", "out_dir"})
+    monkeypatch.setattr(train, "ranks", lambda: (0, 2))
+    assert train.open_run(options, {"resume", "out_dir"})[0].grad_accum == 2
+    options.grad_accum = 4
+    with pytest.raises(ValueError, match="this run has grad_accum 2, not 4"):
+        train.open_run(options, {"resume", "out_dir", "grad_accum"})
+
+
+def test_several_processes_do_not_share_a_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.choose_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="not on cuda:0"):
+        train.choose_device("cuda:0")
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(ValueError, match="'cuda:1' is not available"):
+            train.choose_device("cuda")
