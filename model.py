@@ -332,6 +332,8 @@ class GPT(nn.Module):
             x = self.hidden(torch.tensor(rows, device=device), cache, lengths)
             last = torch.tensor(lengths, device=device) - 1
             logits = self.lm_head(x[torch.arange(len(rows), device=device), last]).float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are damaged, or training had diverged")
             tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
             fresh = False
             for row, token in enumerate(tokens):
