@@ -461,7 +461,9 @@ def prepare_folder(o, config, dataset, step):
         kept = []
         for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # the last line may be half-written
-                kept += [line] if json.loads(line)["step"] <= step else []
+                entry = json.loads(line)
+                numbers = entry["step"], entry["tokens"], entry["train_loss"], entry.get("val_loss", 0.0)
+                kept += [line] if entry["step"] <= step and all(type(number) in (int, float) for number in numbers) else []
         write_atomically(metrics, "".join(line + "\n" for line in kept))
     else:
         for name in ("checkpoint.prev.pt", "checkpoint.pt", "checkpoint.tmp", "metrics.jsonl", "loss.png"):
