@@ -369,17 +369,19 @@ def main(argv=None):
             for name, what, survived in fault(work, options, work / "undisturbed", rng, *extra):
                 rows.append(f"| {name} | {what.replace(str(work), '').replace('|', '/')} | {'yes' if survived else '**NO**'} |")
                 print(rows[-1], flush=True)
+                write(arguments, argv, rows, time.monotonic() - began)
+    raise SystemExit(1 if any("**NO**" in row for row in rows) else 0)
+
+
+def write(arguments, argv, rows, seconds):
     command = "python experiments/torture.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    minutes = (time.monotonic() - began) / 60
-    machine = f"{platform.machine()} CPU, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, {minutes:.0f} minutes"
-    failed = sum("**NO**" in row for row in rows)
-    text = "\n".join([
+    machine = f"{platform.machine()} CPU, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, {seconds / 60:.0f} minutes"
+    Path(arguments.results).write_text("\n".join([
         "# What a run survives", "", f"`{command.strip()}` ({machine})", "",
         f"Every run: preset {arguments.preset}, {arguments.steps} steps, a checkpoint at every step. \"Bit-identical\": weights, optimiser state, random",
         "state and every logged number but the speeds equal those of an undisturbed run.", "",
-        "| fault | what happened | survived |", "|---|---|---|", *rows, "", f"{len(rows) - failed} of {len(rows)} survived.", ""])  # fmt: skip
-    Path(arguments.results).write_text(text)
-    raise SystemExit(1 if failed else 0)
+        "| fault | what happened | survived |", "|---|---|---|", *rows, "",
+        f"{sum('**NO**' not in row for row in rows)} of {len(rows)} survived.", ""]))  # fmt: skip
 
 
 if __name__ == "__main__":
