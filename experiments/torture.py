@@ -166,6 +166,8 @@ def kills(work, options, undisturbed, rng, count):
     for kill in range(count):
         budget = max(2, 2 * (total - step) // (count - kill + 1))  # steps until the next kill: as many kills as asked for fit into the run
         kind = "anywhere" if kill % 2 else INSIDE[kill // 2 % len(INSIDE)]
+        if total - step < 5:  # nearly done: a kill that leaves no progress
+            kind, budget = "writing", 2
         before = traces()
         arguments = ["--out_dir", folder, *(["--resume"] if step else [*options, "--overwrite"])]
         if kind == "anywhere":
