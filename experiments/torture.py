@@ -357,7 +357,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (default 0)")
     parser.add_argument("--data_dir", default="data/python", help="prepared data set (default data/python, made if missing)")
     parser.add_argument("--results", default=str(ROOT / "experiments/results/torture.md"), help="file to write")
+    parser.add_argument("--faults", default=",".join(fault.__name__ for fault in FAULTS), help="comma-separated (default: all, %(default)s)")
     arguments = parser.parse_args(argv)
+    chosen = {fault.__name__: fault for fault in FAULTS if fault.__name__ in arguments.faults.split(",")}
+    if unknown := set(arguments.faults.split(",")) - set(chosen):
+        parser.error(f"no fault {', '.join(sorted(unknown))}: choose from {', '.join(fault.__name__ for fault in FAULTS)}")
     if arguments.kills < 1 or arguments.steps < 2 * arguments.kills or arguments.steps < 40:
         parser.error("kills must be at least 1, and steps at least 40 and twice as many as kills")
     began, rng, rows = time.monotonic(), random.Random(arguments.seed), []
@@ -366,7 +370,7 @@ def main(argv=None):
         code, errors = finish(start(*options, "--out_dir", work / "undisturbed"))
         if code:
             raise SystemExit(f"error: the undisturbed run ended with {code}: {errors}")
-        for fault in FAULTS:
+        for fault in chosen.values():
             extra = (arguments.kills,) if fault is kills else ()
             for name, what, survived in fault(work, options, work / "undisturbed", rng, *extra):
                 rows.append(f"| {name} | {what.replace(str(work), '').replace('|', '/')} | {'yes' if survived else '**NO**'} |")
