@@ -125,7 +125,7 @@ def fit_heads(heads, rank, maps="any", max_rounds=300, tolerance=1e-5):
 # ---------------------------------------------------------------------------------------------------------------------
 # One layer
 
-METHODS = {"svd": "none", "calibrated": "none", "aligned": "any"}  # the maps T each may use; all but svd see the data
+METHODS = {"svd": "none", "calibrated": "none", "rotated": "rotations", "aligned": "any"}  # the maps T of each; all but svd see the data
 
 
 def effective_heads(attn, kind):
@@ -218,12 +218,12 @@ def compress_layer(attn, config, layer, method, moments=None):
             continue
         weight, reader = effective_heads(attn, kind)
         normed = kind == "v" and isinstance(attn.head_norm, HeadNorm)
-        maps = "rotations" if normed and METHODS[method] == "any" else METHODS[method]
+        maps = "rotations" if normed and method == "aligned" else METHODS[method]
         moment = None if moments is None or method == "svd" else moments[kind]
         importance = None
         if method == "aligned" and kind == "k" and moments is not None:
             importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6)  # an error in a key counts as much as its queries are large
-        if method == "aligned" and normed:  # errors relative to the head's own size, by which the norm is going to divide
+        if METHODS[method] != "none" and normed:  # errors relative to the head's own size, by which the norm is going to divide
             energy = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(len(weight), D).sum(1)
             importance = 1 / energy.clamp_min(1e-30)[:, None]
         w, turn, parts, history = approximate(weight, min(rank, len(weight)), kind, maps, moment, importance)
@@ -244,6 +244,25 @@ def compress_layer(attn, config, layer, method, moments=None):
                 new.head_norm.weight.fill_(1.0)
             new.o_proj.weight.copy_(torch.einsum("mha,hab->mhb", o, turn[reader]).flatten(1))
     return new, errors
+
+
+@torch.no_grad()
+def refit_output(new, attn, inputs, rope, ridge=0.03):
+    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W - W_now|^2.
+
+    y and y_new are the heads' outputs, side by side, of the layer before and after; the ridge is in units of y_new's mean
+    square, so that directions that calibration hardly shows stay as they are.
+    """
+    seen = []
+    hook = new.o_proj.register_forward_pre_hook(lambda _, y: seen.append(y[0].flatten(0, 1).double()))
+    gram, product = 0.0, 0.0
+    for x in inputs:
+        seen.clear()
+        missing = (attn(x, rope) - new(x, rope)).flatten(0, 1).double()  # (B*T, C)
+        gram, product = gram + seen[0].T @ seen[0], product + missing.T @ seen[0]
+    hook.remove()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,6 +338,8 @@ def compress(model, ranks, method="aligned", tokens=None, chunk=4):
         normed = [block.input_layernorm(x) for x in inputs]
         moments = second_moments(block.self_attn, normed, rope) if inputs else None
         new, missing = compress_layer(block.self_attn, config, layer, method, moments)
+        if normed and method == "aligned":
+            refit_output(new, block.self_attn, normed, rope)
         inputs = [block(x, rope) for x in inputs]
         block.self_attn = new
         errors.append(missing)
@@ -359,6 +380,8 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
                 ranks = [config.kv_heads(other) for other in range(config.n_layer)]
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
                 block.self_attn, _ = compress_layer(original, with_ranks(config, ranks), layer, method, moments)
+                if normed and method == "aligned":
+                    refit_output(block.self_attn, original, normed, rope_of(model, tokens.size(1)))
                 costs[layer, kind][rank - 1] = loss(layer) - base
             report(layer, kind, costs[layer, kind])
         block.self_attn = original
@@ -443,14 +466,14 @@ class Options:
     out_dir: str = option("", "folder of the compressed model (default: the checkpoint's with -kv<ratio> behind it)")
     overwrite: bool = option(False, "replace what out_dir holds")
     kv_ratio: float = option(0.5, "cached heads to keep: of every layer of the budget, or, with probe, of the whole model")
-    method: str = option("aligned", "svd: the paper's; calibrated: in the metric of the data; aligned: with maps T that make heads agree first", list(METHODS))
+    method: str = option("aligned", "svd: the paper's; calibrated: in the metric of the data; rotated: and heads turned so that they agree; aligned: by any map that costs nothing, W^O refitted", list(METHODS))
     budget: str = option("all", "layers that give up heads: all, deep (not the first three), middle (the middle half); probe measures who can spare most", [*BUDGETS, "probe"])
     data_dir: str = option("", "prepared data set to calibrate, heal and measure on (default: the one the checkpoint was trained on)")
     calibration_windows: int = option(32, "training windows that the method sees; 0: none, weights stand in for them")
     probe_windows: int = option(8, "validation windows that a probe measures on")
     eval_windows: int = option(64, "validation windows that the report measures on")
     heal_steps: int = option(0, "training steps afterwards")
-    heal_learning_rate: float = option(1e-3, "peak of their schedule")
+    heal_learning_rate: float = option(3e-4, "peak of their schedule")
     heal_params: str = option("all", "what they may move", list(HEALED))
     distill: bool = option(False, "heal towards the original model's predictions instead of the tokens")
     continue_original: bool = option(False, "also train the original for the same steps on the same tokens: what healing is measured against")

@@ -6,13 +6,19 @@ what a model costs: parameters, FLOPs and cached bytes. Read `attention.py` firs
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
+import pickletools
+import re
 import shutil
+import struct
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -31,6 +37,23 @@ PRESETS = {
     "base": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, tie_embeddings=True),  # 124M with GPT-2's vocabulary, one GPU
     "1b": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, intermediate_size=8192, block_size=2048, rope_theta=500000.0),
 }  # fmt: skip
+
+
+LARGEST = 1 << 20  # of any one size in a config: beyond what exists, and a table of so many positions still fits in memory
+
+
+def check_types(settings):
+    """Raise ValueError for a field of a dataclass whose value is not of the type the class declares: settings may come from a file.
+
+    A whole number does for a float; NaN and infinity do not, nor does an integer beyond 64 bits.
+    """
+    for f in fields(settings):
+        value, kinds = getattr(settings, f.name), get_args(f.type) or (f.type,)
+        right = type(value) in kinds or type(value) is int and float in kinds
+        if not right or type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
+            wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            shown = f"{value!r:.60}" if isinstance(value, (float, str)) else f"an integer of {value.bit_length()} bits" if right else type(value).__name__
+            raise ValueError(f"{f.name} must be {wanted}, not {shown}")
 
 
 @dataclass
@@ -58,9 +81,13 @@ class GPTConfig:
     embedding_multiplier: float | None = None  # scales embeddings as they enter; None: 1 as in Llama, or, if tied, sqrt(n_embd)
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {getattr(self, name)!r}")
+        check_types(self)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "intermediate_size"):
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} must be a positive whole number of at most {LARGEST}, not {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps", "embedding_multiplier"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
         if self.mea_form not in ("auto", "compose", "fold", "absorb"):
@@ -86,9 +113,14 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.embedding_multiplier is None:
             self.embedding_multiplier = math.sqrt(self.n_embd) if self.tie_embeddings else 1.0
-        if isinstance(self.n_kv_head, list) and len(self.n_kv_head) != self.n_layer:
-            raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
-        for layer in range(self.n_layer):
+        if isinstance(self.n_kv_head, list):
+            if len(self.n_kv_head) != self.n_layer:
+                raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
+            for pair in self.n_kv_head:
+                counts = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (pair, pair)
+                if not all(type(count) is int for count in counts):
+                    raise ValueError("n_kv_head must list a [keys, values] pair of whole numbers for every layer")
+        for layer in range(self.n_layer if isinstance(self.n_kv_head, list) else 1):
             n_k, n_v = self.kv_heads(layer)
             if not (1 <= n_k <= self.n_head and 1 <= n_v <= self.n_head):
                 raise ValueError(f"n_kv_head must be between 1 and n_head {self.n_head}, not {n_k if n_k == n_v else (n_k, n_v)}")
@@ -317,6 +349,8 @@ class GPT(nn.Module):
             else:
                 x = x[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
             logits = self.lm_head(x).float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are damaged, or training had diverged")
             tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
             fresh = False
             for row, token in enumerate(tokens):
@@ -421,19 +455,28 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a dict of tensors, numbers, strings, lists and dicts, so that it can be read without unpickling code
 
-FORMAT = "nanomea-1"
+FORMAT = "nanomea-2"  # "nanomea-1" is the same without a checksum, and still read
+# torch.save writes a zip archive, and torch.load checks none of its CRCs. So the archive's comment, which readers skip, is the
+# SHA-256 of everything before it: one file, which cannot be torn from its checksum by a kill, and can be copied by itself.
+CHECKSUM = b"sha256:"
+# What a checkpoint's pickle may name. torch.load(weights_only=True) would also call bytearray(10**12).
+PLAIN = re.compile(r"torch (\w+Storage|Size|bool|b?float\d+|u?int\d+)|collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 def save_checkpoint(folder, state):
     """Write `state` as folder/checkpoint.pt and keep the one before as checkpoint.prev.pt. Raises OSError.
 
-    Written beside, flushed to the disk, then renamed: a kill or a full disk at any moment leaves a whole checkpoint.
+    Written beside, flushed to the disk, then renamed: a kill or a full disk at any moment leaves a whole checkpoint, between
+    the two renames as checkpoint.prev.pt.
     """
     folder = Path(folder)
     new, current = folder / "checkpoint.tmp", folder / "checkpoint.pt"
     try:
-        with open(new, "wb") as file:
+        with open(new, "w+b") as file:
             torch.save({"format": FORMAT, **state}, file)
+            file.seek(-2, os.SEEK_END)  # an archive ends in the length of its comment: torch writes 0
+            file.write(struct.pack("<H", len(CHECKSUM) + 64))
+            file.write(CHECKSUM + sha256(file, file.tell()).encode())
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
@@ -450,6 +493,16 @@ def save_checkpoint(folder, state):
         os.close(directory)
 
 
+def sha256(file, length):
+    """Hexadecimal SHA-256 of the first `length` bytes of an open file, which is left there."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()
+
+
 def find_checkpoint(path):
     """The file that `path` means: itself, the newest in a run folder, a Hugging Face folder's config.json. Raises FileNotFoundError."""
     path = Path(path)
@@ -463,31 +516,88 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"no checkpoint at {path}: give a run folder that train.py made, a checkpoint.pt in it, or a Hugging Face folder")
 
 
-def load_checkpoint(path, device="cpu"):
-    """(model in eval mode, state) from a run folder, a checkpoint file or a Hugging Face folder. Raises FileNotFoundError or ValueError.
+def checksum_matches(file):
+    """Whether an open checkpoint file has the SHA-256 that it carries; None if it carries none."""
+    start = max(0, file.seek(0, os.SEEK_END) - len(CHECKSUM) - 64)
+    file.seek(start)
+    comment = file.read()
+    return comment == CHECKSUM + sha256(file, start).encode() if comment.startswith(CHECKSUM) else None
 
-    Nothing in the file is executed: it is read with weights_only=True, and its config and weights are checked. The state of
-    a Hugging Face folder (see `GPT.from_pretrained`) has `model` and `config` only.
+
+def archive_problem(file):
+    """Why torch.load should not see an open file, or None: it must be an archive that is no larger unpacked, of tensors alone."""
+    if not zipfile.is_zipfile(file):
+        return "is damaged or not a checkpoint: it is no archive of tensors (pickled code is never run)"
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+            return "is damaged or not a checkpoint: unpacked it would be larger than it is"
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                names = [name for code, name, _ in pickletools.genops(archive.read(entry)) if "GLOBAL" in code.name or code.name == "INST"]
+                if not all(name and PLAIN.fullmatch(name) for name in names):
+                    return "holds more than weights (pickled code is never run)"
+    return None
+
+
+def check_weights(config, weights, size):
+    """Raise ValueError unless `weights` are a model of this config, and no larger than a file of `size` bytes can hold.
+
+    Nothing is allocated to find out, so a config from anywhere may be tried.
+    """
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) and w.is_floating_point() for w in weights.values()):
+        raise ValueError("its weights are not tensors of floating-point numbers by name")
+    layers = len({str(name).split(".")[1] for name in weights if str(name).startswith("layers.")})
+    if layers != config.n_layer:
+        raise ValueError(f"n_layer is {config.n_layer} and there are weights of {layers}")
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = model.state_dict()
+    if different := sorted(str(name) for name in expected.keys() ^ weights.keys()):
+        raise ValueError(f"{different[0][:80]!r} is {'missing' if different[0] in expected else 'not a weight of its config'}")
+    for name, w in weights.items():
+        if w.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {tuple(w.shape)} where its config says {tuple(expected[name].shape)}")
+    if model.n_params() > size:  # shapes alone cost nothing: a few bytes can be expanded to any shape
+        raise ValueError(f"{model.n_params()} parameters do not fit in {size} bytes")
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model in eval mode, state) from a run folder, a checkpoint file or a Hugging Face folder.
+
+    Nothing in the file is executed: it is read with weights_only=True, and its checksum, config and weights are checked
+    before a model is made. The state of a Hugging Face folder (see `GPT.from_pretrained`) has `model` and `config` only. Raises
+    FileNotFoundError, OSError or ValueError.
     """
     path = find_checkpoint(path)
     if path.name == "config.json":
         model = GPT.from_pretrained(path.parent, device=device)
         return model, dict(model=model.state_dict(), config=asdict(model.config))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        previous = path.with_name("checkpoint.prev.pt")
-        hint = f"; the one before it is {previous}" if previous.is_file() and previous != path else ""
-        code = "weights_only" in str(error).lower() or "weights only" in str(error).lower()
-        what = "holds more than weights (pickled code is never run)" if code else "is damaged or not a checkpoint"
-        raise ValueError(f"{path} {what}{hint}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    previous = path.with_name("checkpoint.prev.pt")
+    hint = f"; the one before it is {previous}: to go on from there, move {path.name} away" if previous.is_file() and previous != path else ""
+    with open(path, "rb") as file:
+        sound = checksum_matches(file)
+        if sound is False:
+            raise ValueError(f"{path} is damaged: its bytes do not match its checksum{hint}")
+        try:
+            problem = archive_problem(file)
+            file.seek(0)
+            state = None if problem else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile, pickletools and torch raise anything for a file that is none of theirs
+            raise ValueError(f"{path} is damaged or not a checkpoint{hint}") from error
+    if problem:
+        raise ValueError(f"{path} {problem}{hint}")
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, "nanomea-1"):
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r} is missing)")
+    if state["format"] == FORMAT and not sound:
+        raise ValueError(f"{path} is damaged: the checksum at its end is missing{hint}")
     try:
-        model = GPT(GPTConfig(**state["config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a whole model: {str(error).splitlines()[0]}") from error
+        config = GPTConfig(**state["config"])
+        check_weights(config, state.get("model"), path.stat().st_size)
+    except (KeyError, TypeError, ValueError) as error:  # no config, or one with fields that there are not
+        raise ValueError(f"{path} does not hold a whole model: {' '.join(str(error).split())[:300]}") from error
+    model = GPT(config)
+    model.load_state_dict(state["model"])
     return model.to(device).eval(), state
 
 

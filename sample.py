@@ -94,13 +94,16 @@ def main(argv=None):
             sys.stdout.write(text.add(token))
             sys.stdout.flush()
 
-        new = model.generate(
-            [tokens], o.max_new_tokens, temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, seed=o.seed + sample,
-            stop_tokens=stop, use_cache=not o.no_cache, on_token=show,
-        )  # fmt: skip
+        try:
+            new = model.generate(
+                [tokens], o.max_new_tokens, temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, seed=o.seed + sample,
+                stop_tokens=stop, use_cache=not o.no_cache, on_token=show,
+            )  # fmt: skip
+        except ValueError as error:  # logits that are not finite
+            fail(error)
         count += len(new[0])
         sys.stdout.write(text.rest() + ("\n" if sample + 1 == o.num_samples else "\n\n" + "-" * 80 + "\n"))
-    seconds = time.monotonic() - began
+    seconds = max(time.monotonic() - began, 1e-9)
     positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
     cache = "no cache" if o.no_cache else (
         f"cache {KVCache(model.config, 1, positions).nbytes:,} bytes ({model.config.kv_bytes_per_token():,} a token, {positions} positions)"

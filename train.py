@@ -1,8 +1,9 @@
 """Pretraining on a prepared data set: `python train.py` makes the default data, trains a small MEA model and samples.
 
 A run folder (--out_dir) holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metrics.jsonl (a line a step)
-and, with matplotlib, loss.png. A run that was stopped, or killed, goes on with --resume and ends with the same weights bit
-for bit on a CPU. Under `torchrun` several processes train one model. Read `model.py` first and `sample.py` next.
+and, with matplotlib, loss.png; run.lock keeps a second process out. A run that was stopped, or killed, goes on with --resume
+and ends with the same weights bit for bit on a CPU. Under `torchrun` several processes train one model. Read `model.py` first
+and `sample.py` next.
 """
 
 import os
@@ -15,7 +16,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -98,6 +99,9 @@ def check_options(o):
     for name in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_windows", "save_every"):
         if getattr(o, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
+    for name in ("batch_size", "grad_accum", "eval_windows", "threads"):
+        if getattr(o, name) > gpt.LARGEST:
+            raise ValueError(f"{name} must be at most {gpt.LARGEST}, not {getattr(o, name)}")
     for name in ("warmup_steps", "weight_decay", "grad_clip", "threads", "seed"):
         if not 0 <= getattr(o, name) < math.inf:
             raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
@@ -127,7 +131,7 @@ def choose_device(name="auto"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not available here; leave --device out or use cpu") from error
     return device
@@ -358,17 +362,47 @@ class Stop(Exception):
 # A run
 
 
-def open_run(o, given):
-    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError."""
+@contextlib.contextmanager
+def run_lock(out):
+    """Hold out/run.lock, so that no second process writes the run folder. Raises ValueError where another one holds it.
+
+    The lock is the kernel's, not the file's existence: it ends with the process however that ends, so none is ever stale.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "run.lock", "a") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {out}: wait for it, stop it, or give another --out_dir") from None
+        except (ImportError, OSError):  # some network file systems have no locks either
+            print(f"note: {out} cannot be locked here: start no second run in it", file=sys.stderr)
+        yield
+
+
+def holds_run(out):
+    return (out / "config.json").exists() or (out / "checkpoint.pt").exists() or (out / "checkpoint.prev.pt").exists()
+
+
+def open_run(o, given, held):
+    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError.
+
+    The run folder's lock is entered into `held`, a contextlib.ExitStack.
+    """
     check_options(o)
     _, world_size = ranks()
     out = Path(o.out_dir or f"out/{o.preset}")
     state = None
+    writes = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process writes, and locks, for all
+    existing = holds_run(out)
+    if writes and existing:
+        held.enter_context(run_lock(out))
     if o.resume:
-        _, state = load_checkpoint(out)
+        model, state = load_checkpoint(out)
         if not isinstance(state.get("options"), dict) or "optimizer" not in state:
             raise ValueError(f"{out} holds weights without a training run to go on with: use --init_from {out}")
-        saved = Options(**state["options"])
+        saved = check_resumable(state, model, out)
         micro_batches = saved.grad_accum * state.get("world_size", 1)  # a step's, in all processes together
         if micro_batches % world_size:
             raise ValueError(f"a step of this run is {micro_batches} micro-batches, which {world_size} processes cannot share equally: start another number")
@@ -377,10 +411,10 @@ def open_run(o, given):
             if getattr(o, name) != getattr(saved, name):
                 raise ValueError(f"this run has {name} {getattr(saved, name)}, not {getattr(o, name)}: leave it out to resume, or start another run")
         o = Options(**{**asdict(saved), **{name: getattr(o, name) for name in given & CHANGEABLE}, "resume": True, "overwrite": False})
-    elif (out / "config.json").exists() or (out / "checkpoint.pt").exists():
+    elif existing:
         if not o.overwrite:
             raise ValueError(f"{out} already holds a run: give --resume to go on with it, --overwrite to replace it, or another --out_dir")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"run.lock", "config.json.tmp"}):  # left by an early kill
         raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     o.out_dir = str(out)
     choose_device(o.device)
@@ -398,7 +432,9 @@ def open_run(o, given):
         config = GPTConfig(**state["config"])
     elif o.init_from:
         _, state = load_checkpoint(o.init_from)
-        if "data" not in state:  # a Hugging Face folder, whose window may be too long to train on: the option, or the preset, cuts it
+        if "data" in state:
+            check_data(state, o.init_from)
+        else:  # a Hugging Face folder, whose window may be too long to train on: the option, or the preset, cuts it
             state["config"]["block_size"] = min(o.block_size, state["config"]["block_size"])
         for name in sorted(given & set(state["config"])):
             if getattr(o, name) != state["config"][name]:
@@ -408,6 +444,10 @@ def open_run(o, given):
         config = GPTConfig(**state["config"])
     WindowSampler(dataset.train, config.block_size)
     validation_windows(dataset.val, config.block_size, 1)
+    if writes and not existing:
+        held.enter_context(run_lock(out))
+        if holds_run(out):  # since the look above
+            raise ValueError(f"{out} holds a run that another process has just made: give another --out_dir")
     return o, config, dataset, state
 
 
@@ -419,6 +459,52 @@ def same_tokenizer(checkpoint, state, dataset):
     if dataset.vocab_size > state["config"]["vocab_size"] or not (folder / "tokenizer.json").exists():
         return dataset.vocab_size <= state["config"]["vocab_size"]  # all that can be known without a tokenizer
     return getattr(dataset.tokenizer, "content", None) == load_tokenizer(folder).content
+
+
+def check_data(state, path):
+    data = state.get("data")
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in ("fingerprint", "tokenizer")):
+        raise ValueError(f"{path} does not say which data it was trained on: its 'data' is malformed")
+
+
+def check_resumable(state, model, path):
+    """The Options saved in a checkpoint. Raises ValueError where what it holds beside the model could not be gone on with."""
+
+    def need(condition, what):
+        if not condition:
+            raise ValueError(f"{path} cannot be resumed: its {what}")
+
+    def is_tensor(value, dtype, shape):
+        return isinstance(value, torch.Tensor) and value.dtype == dtype and value.shape == shape and value.is_contiguous()
+
+    unknown = [str(name) for name in state["options"] if name not in Options.__dataclass_fields__]
+    need(not unknown, f"options are not of this program: {', '.join(unknown)[:100]}")
+    saved = Options(**state["options"])
+    gpt.check_types(saved)
+    for f in fields(Options):
+        need(not f.metadata["choices"] or getattr(saved, f.name) in f.metadata["choices"], f"option {f.name} is none of {f.metadata['choices']}")
+    check_options(replace(saved, resume=False, overwrite=False))
+    check_data(state, path)
+    need(type(state.get("world_size", 1)) is int and 0 < state.get("world_size", 1) < 2**20, "world_size is not a positive whole number")
+    need(type(state.get("step")) is int and 0 < state["step"] < 2**62, "step is not a positive whole number")
+    spikes, rng = state.get("spikes"), state.get("rng")
+    need(isinstance(spikes, dict) and spikes.keys() == vars(SpikeCounter()).keys(), "'spikes' are malformed")
+    need(all(type(value) in (int, float) and 0 <= value < 2**62 for value in spikes.values()), "'spikes' are out of range")
+    need(isinstance(rng, dict) and is_tensor(rng.get("cpu"), torch.uint8, torch.get_rng_state().shape), "random state is malformed")
+    try:
+        torch.Generator().set_state(rng["cpu"])
+    except RuntimeError:
+        need(False, "random state is malformed")
+    if torch.cuda.is_available() and rng.get("cuda") is not None:
+        need(is_tensor(rng["cuda"], torch.uint8, torch.cuda.get_rng_state().shape), "random state of the GPU is malformed")
+    parameters = [p for group in model.parameter_groups(0) for p in group["params"]]  # in the optimizer's order
+    moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
+    need(isinstance(moments, dict) and moments.keys() == set(range(len(parameters))), "optimizer has not the moments of every weight")
+    for p, entry in zip(parameters, (moments[i] for i in range(len(parameters)))):
+        need(isinstance(entry, dict) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}, "optimizer is not AdamW's")
+        shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        need(all(is_tensor(entry[name], torch.float32, shape) for name, shape in shapes.items()), "optimizer's moments have not the shapes of its weights")
+    return saved
 
 
 def train(o, config, dataset, state=None):
@@ -443,6 +529,7 @@ def train(o, config, dataset, state=None):
     )
     step, spikes = 0, SpikeCounter()
     if o.resume:
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # they follow from the options, not from a file
         optimizer.load_state_dict(divided_state(state["optimizer"], optimizer))
         step, spikes = state["step"], SpikeCounter(**state["spikes"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -475,8 +562,10 @@ def train(o, config, dataset, state=None):
             )  # fmt: skip
 
     def last_good():
-        saved = step // o.save_every * o.save_every
-        return f"the last good checkpoint is {out / 'checkpoint.pt'}" if saved > 0 or first_step else "no checkpoint was saved yet"
+        try:
+            return f"the last good checkpoint is {gpt.find_checkpoint(out)}"
+        except FileNotFoundError:
+            return "no checkpoint was saved yet"
 
     signals, crowd = [], CrowdWatch()
     handlers = {s: signal.signal(s, lambda number, _: signals.append(number) if not signals else os._exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -508,7 +597,7 @@ def train(o, config, dataset, state=None):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
-                seconds = time.monotonic() - started
+                seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may stand still
                 line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm,
                             tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))  # fmt: skip
                 if (mfu := utilisation(config.flops_per_token() * step_tokens / world_size / seconds, device)) is not None:
@@ -549,17 +638,20 @@ def prepare_folder(o, config, dataset, step):
     metrics = out / "metrics.jsonl"
     if step:
         kept = []
-        for line in metrics.read_text().splitlines() if metrics.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half-written
-                kept += [line] if json.loads(line)["step"] <= step else []
+        for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # the last line may be half-written
+                entry = json.loads(line)
+                numbers = entry["step"], entry["tokens"], entry["train_loss"], entry.get("val_loss", 0.0)
+                kept += [line] if entry["step"] <= step and all(type(number) in (int, float) for number in numbers) else []
         write_atomically(metrics, "".join(line + "\n" for line in kept))
     else:
-        for name in ("checkpoint.pt", "checkpoint.prev.pt", "metrics.jsonl", "loss.png"):
+        for name in ("checkpoint.prev.pt", "checkpoint.pt", "checkpoint.tmp", "metrics.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
-        dataset.tokenizer.save(out)
     data = dict(folder=o.data_dir, fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["name"])
     content = dict(format=gpt.FORMAT, model=asdict(config), options=asdict(o), world_size=ranks()[1], data=data, torch=torch.__version__)
-    write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")  # first: from here on the folder is a run's
+    if not step:
+        dataset.tokenizer.save(out)
 
 
 def write_atomically(path, text):
@@ -591,6 +683,8 @@ def draw_losses(out):
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "val_loss" in line]
+    if not evaluated:
+        return
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([line["tokens"] / 1e6 for line in lines], [line["train_loss"] for line in lines], lw=0.7, color="#9bb7d4", label="training")
     axes.plot([line["tokens"] / 1e6 for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4, color="#c44e52", label="validation")
@@ -604,29 +698,30 @@ def draw_losses(out):
 def main(argv=None):
     began = time.monotonic()
     options, given = parse_options(Options, argv, PRESETS)
-    try:
-        join_processes()
-        rank, world_size = ranks()
-        if rank > 0:
-            gather(0)  # rank 0 looks first: it may have data to prepare, and one message about a mistake is enough
-        options, config, dataset, state = open_run(options, given)
-        if rank == 0:
-            gather(0)
-        gather(0)  # nobody writes before all have looked
-        model = train(options, config, dataset, state)
-    except Stop as stop:
-        if rank == 0:
-            print(f"\n{stop}", file=sys.stderr)
-        gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
-        raise SystemExit(stop.code)
-    except (ValueError, OSError) as error:
-        gpt.fail(error)
-    except RuntimeError as error:
-        if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: "
-              f"{command()} --resume --out_dir {options.out_dir}", file=sys.stderr)  # fmt: skip
-        raise SystemExit(1)
+    with contextlib.ExitStack() as held:
+        try:
+            join_processes()
+            rank, world_size = ranks()
+            if rank > 0:
+                gather(0)  # rank 0 looks first: it may have data to prepare, and one message about a mistake is enough
+            options, config, dataset, state = open_run(options, given, held)
+            if rank == 0:
+                gather(0)
+            gather(0)  # nobody writes before all have looked
+            model = train(options, config, dataset, state)
+        except Stop as stop:
+            if rank == 0:
+                print(f"\n{stop}", file=sys.stderr)
+            gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
+            raise SystemExit(stop.code)
+        except (ValueError, OSError) as error:
+            gpt.fail(error)
+        except RuntimeError as error:
+            if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: "
+                  f"{command()} --resume --out_dir {options.out_dir}", file=sys.stderr)  # fmt: skip
+            raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()
         if rank > 0:

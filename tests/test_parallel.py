@@ -1,5 +1,6 @@
 """Several processes: what they train is what one process trains, their checkpoints are interchangeable, and none is left hanging."""
 
+import contextlib
 import json
 import os
 import signal
@@ -138,13 +139,18 @@ def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, monkeyp
     alone("--data_dir", data, "--grad_accum", 4, "--max_steps", 1, "--out_dir", tmp_path / "r")
     monkeypatch.setattr(train, "ranks", lambda: (0, 3))
     options = train.Options(resume=True, out_dir=str(tmp_path / "r"))
+
+    def open_run(given):
+        with contextlib.ExitStack() as held:
+            return train.open_run(options, given, held)
+
     with pytest.raises(ValueError, match="4 micro-batches, which 3 processes cannot share equally"):
-        train.open_run(options, {"resume", "out_dir"})
+        open_run({"resume", "out_dir"})
     monkeypatch.setattr(train, "ranks", lambda: (0, 2))
-    assert train.open_run(options, {"resume", "out_dir"})[0].grad_accum == 2
+    assert open_run({"resume", "out_dir"})[0].grad_accum == 2
     options.grad_accum = 4
     with pytest.raises(ValueError, match="this run has grad_accum 2, not 4"):
-        train.open_run(options, {"resume", "out_dir", "grad_accum"})
+        open_run({"resume", "out_dir", "grad_accum"})
 
 
 def test_several_processes_do_not_share_a_device(monkeypatch):

@@ -287,6 +287,7 @@ def test_models_that_transformers_does_not_know_are_not_written(tmp_path, fields
 
 def test_writing_takes_nothing_away_and_leaves_nothing_half_done(tmp_path):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").write_text("mine")
     with pytest.raises(FileExistsError, match="there exists already"):
         ours().to_pretrained(tmp_path / "there")
     with pytest.raises(ValueError, match="tokenizer byte has no Hugging Face form"):
@@ -299,7 +300,7 @@ def test_writing_takes_nothing_away_and_leaves_nothing_half_done(tmp_path):
             ours().to_pretrained(tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "notes"]
 
 
 # --- The programs
@@ -424,7 +425,7 @@ def test_qk_norm_makes_queries_and_keys_forget_their_length():
     (dict(attention="dfa", qk_norm=True), "not for dfa"),
     (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
     (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type 'dynamic'"),
-    (dict(rope_scaling="linear"), "rope_type None"),
+    (dict(rope_scaling="linear"), "rope_scaling must be dict"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_built_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
