@@ -7,7 +7,7 @@ n heads W_h x (keys or values of one layer) become r < n component heads B_c x, 
     W_h  ~  T_h  sum_c w[c, h] B_c.                                                                                  (*)
 
 w is MEA's compose_k or compose_v. T_h costs nothing: it goes into the matrices that read the head, W^Q for keys and W^O
-for values. `fit_heads` solves (*), `compress_layer` does it to a layer, `compress` to a model, `probe` finds out which
+for values. `approximate` solves (*), `compress_layer` does it to a layer, `compress` to a model, `probe` finds out which
 layers can spare how many heads, `heal` trains what is left. Read `attention.py` first.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from attention import MEA, HeadNorm, apply_rope, causal_attention, one_hot_composition
+from attention import MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
 from model import FORMAT, KVCache, fail, find_checkpoint, load_checkpoint, new_folder, option, parse_options, save_checkpoint, token_loss
@@ -76,48 +76,47 @@ def components(w, maps, heads):
     return (torch.linalg.pinv(mixing(w, maps), rtol=1e-9) @ stacked).unflatten(1, (-1, b)).transpose(0, 1)
 
 
-def fit_heads(heads, rank, maps="any", max_rounds=300, tolerance=1e-5):
-    """(w (rank, n), T (n, g, b, b), errors): the best (*) that alternating finds for heads (n, g, b, M).
+def missing(heads, approximation):
+    """The share of the heads' energy that an approximation misses."""
+    return ((heads - approximation).abs().square().sum() / heads.abs().square().sum().clamp_min(1e-300)).item()
 
-    maps   "none":      T = 1, the truncated SVD.
-           "rotations": T_h unitary. In turns T_h from the orthogonal Procrustes problem with the current approximation as its
-                        target, and the truncated SVD of the heads turned back.
-           "any":       from there on T_h, w and B in turns, each by least squares given the other two.
-    errors is the share of the heads' energy that is missing after each round. It never grows.
+
+def stalled(errors, tolerance):
+    return errors[-1] < 1e-14 or (len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-2])
+
+
+def turn_heads(heads, rank, rounds=300, tolerance=1e-5):
+    """(w, T, errors): (*) with unitary T_h, for heads (n, g, b, M); without a round T = 1, the truncated SVD.
+
+    In turns T_h from the orthogonal Procrustes problem, which brings the current approximation closest to head h, and the
+    truncated SVD of the heads turned back. `errors` is what is missing after each round; it never grows.
     """
-
-    def missing(approximation):
-        return ((heads - approximation).abs().square().sum() / heads.abs().square().sum()).item()
-
-    def stalled():
-        return errors[-1] < 1e-14 or (len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-2])
-
     n, g, b, _ = heads.shape
-    turn = torch.eye(b, dtype=heads.dtype, device=heads.device).expand(n, g, b, b)
+    turn = torch.eye(b, dtype=heads.dtype).expand(n, g, b, b)
     w, target = truncated_svd(heads, rank)
-    errors = [missing(target)]
-    if maps == "none":
-        return w, turn, errors
-    while len(errors) < max_rounds:
+    errors = [missing(heads, target)]
+    for _ in range(rounds):
         left, _, right = torch.linalg.svd(heads @ target.mH)
-        turn = left @ right  # Procrustes: the unitary T_h that brings target_h closest to head h
+        turn = left @ right
         w, target = truncated_svd(turn.mH @ heads, rank)
-        errors.append(missing(turn @ target))
-        if stalled():
+        errors.append(missing(heads, turn @ target))
+        if stalled(errors, tolerance):
             break
-    if maps == "rotations":
-        return w, turn, errors
-    rounds = 0
-    while rounds < max_rounds:
-        rounds += 1
+    return w, turn, errors
+
+
+def fit_any_maps(heads, w, turn, rounds=300, tolerance=1e-5):
+    """(w, T, errors): (*) with any T_h, improved from w (r, n), T (n, g, b, b): B, T and w in turns by least squares given the others."""
+    errors = []
+    for _ in range(rounds):
         parts = components(w, turn, heads)  # (r, g, b, M)
         target = torch.einsum("ch,cgbm->hgbm", w.to(heads), parts)
         turn = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
         turned = torch.einsum("hgab,cgbm->hcgam", turn, parts)  # T_h B_c: head h is a real combination of these
         columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (turned, heads))
         w = torch.linalg.lstsq(columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2), driver="gelsd").solution[:, :, 0].T
-        errors.append(missing(torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
-        if stalled():
+        errors.append(missing(heads, torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
+        if stalled(errors, tolerance):
             break
     return w, turn, errors
 
@@ -136,12 +135,15 @@ def effective_heads(attn, kind):
     projection = attn.k_proj if kind == "k" else attn.v_proj
     weight = projection.weight if projection.bias is None else torch.cat((projection.weight, projection.bias[:, None]), dim=1)
     weight = weight.double().unflatten(0, (-1, attn.head_dim))  # (components, D, C)
-    if isinstance(attn, MEA):
-        composition = attn.compose_k if kind == "k" else attn.compose_v
-    else:
-        composition = one_hot_composition(attn.n_kv, attn.n_head)
-    columns, reader = torch.unique(composition.to(weight), dim=1, return_inverse=True)
+    columns, reader = torch.unique(composition(attn, kind).to(weight), dim=1, return_inverse=True)
     return torch.einsum("cdm,cn->ndm", weight, columns), reader
+
+
+def composition(attn, kind):
+    """(components, H): an MEA's compose_k or compose_v; of MHA the one-hot columns that say which head a query head reads."""
+    if isinstance(attn, MEA):
+        return attn.compose_k if kind == "k" else attn.compose_v
+    return one_hot_composition(attn.n_kv, attn.n_head).to(attn.q_proj.weight)
 
 
 @torch.no_grad()
@@ -156,13 +158,14 @@ def second_moments(attn, inputs, rope):
     D = attn.head_dim
     for x in inputs:
         B, T, _ = x.shape
-        q = attn.q_proj(x).view(B, T, -1, D)
+        q = attn.q_norm(attn.q_proj(x).view(B, T, -1, D))
         energy = q.double().square().mean((0, 1)).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
         moments["q"] += torch.zeros(len(keys), D // 2, dtype=energy.dtype, device=x.device).index_add(0, k_reader, energy)
         q = apply_rope(q, rope).transpose(1, 2)  # (B, H, T, D)
         k, v = (project(heads, x) for heads in (keys, values))  # (B, T, n*D)
-        turned = apply_rope(k.view(B, T, -1, D), rope).transpose(1, 2)[:, k_reader]  # (B, H, T, D)
-        seen = [causal_attention(q, turned, head[:, None].expand(-1, q.size(1), -1, -1)) for head in v.split(D, dim=2)]
+        read = apply_rope(attn.k_norm(attn.k_proj(x).view(B, T, -1, D)), rope).transpose(1, 2)
+        read = compose_heads(read, composition(attn, "k"))  # (B, H, T, D)
+        seen = [causal_attention(q, read, head[:, None].expand(-1, q.size(1), -1, -1)) for head in v.split(D, dim=2)]
         for kind, rows in (("k", k), ("v", torch.cat(seen, dim=3))):
             rows = rows.reshape(-1, rows.size(-1)).double()
             moments[kind] += rows.T @ rows / len(rows)
@@ -188,11 +191,15 @@ def approximate(weight, rank, kind, maps, moment=None, importance=None):
     else:  # any L with L L^T = E[y y^T] has the products of the outputs: nothing longer than nD is needed
         values, vectors = torch.linalg.eigh(moment)
         root = (vectors * values.clamp_min(0).sqrt()).view(n, D, n * D)
-    scale = 1.0 if importance is None else importance.sqrt()[:, :, None, None]
-    w, turn, errors = fit_heads(blocks(root) * scale, rank, maps)
+    heads, scale = blocks(root), 1.0 if importance is None else importance.sqrt()[:, :, None, None]
+    if maps == "any":  # starts in the plain metric: where that is exact already, it stays exact
+        w, turn, _ = turn_heads(heads, rank)
+        w, turn, errors = fit_any_maps(heads * scale, w, turn * scale)
+    else:
+        w, turn, errors = turn_heads(heads * scale, rank, rounds=0 if maps == "none" else 300)
     parts = from_blocks(components(w, turn, blocks(weight) * scale))  # (rank, D, M)
     if kind == "v":
-        turn, w = turn[:, 0], w / scale[:, 0, 0, 0] if importance is not None else w
+        turn, w = turn[:, 0], w if importance is None else w / scale[:, 0, 0, 0]
     else:  # a complex number a + ib turns a pair by ((a, -b), (b, a))
         turn = turn / scale
         real, imaginary = (torch.diag_embed(part) for part in (turn.real[:, :, 0, 0], turn.imag[:, :, 0, 0]))
@@ -209,6 +216,7 @@ def compress_layer(attn, config, layer, method, moments=None):
     not, goes into W^O first. Keys or values that keep their number of heads stay as they are. `moments` as from
     `second_moments`; without them weights stand in for the data.
     """
+    device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
     new, n_head, D = MEA(config, layer).to(attn.q_proj.weight), attn.n_head, attn.head_dim
     ours, theirs = new.state_dict(), attn.state_dict()
     new.load_state_dict({name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}, strict=False)
@@ -219,10 +227,9 @@ def compress_layer(attn, config, layer, method, moments=None):
         weight, reader = effective_heads(attn, kind)
         normed = kind == "v" and isinstance(attn.head_norm, HeadNorm)
         maps = "rotations" if normed and method == "aligned" else METHODS[method]
-        moment = None if moments is None or method == "svd" else moments[kind]
-        importance = None
-        if method == "aligned" and kind == "k" and moments is not None:
-            importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6)  # an error in a key counts as much as its queries are large
+        moment, importance = None if moments is None or method == "svd" else moments[kind].cpu(), None
+        if method == "aligned" and kind == "k" and moments is not None:  # an error in a key counts as much as its queries are large
+            importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6).cpu()
         if METHODS[method] != "none" and normed:  # errors relative to the head's own size, by which the norm is going to divide
             energy = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(len(weight), D).sum(1)
             importance = 1 / energy.clamp_min(1e-30)[:, None]
@@ -243,7 +250,7 @@ def compress_layer(attn, config, layer, method, moments=None):
                 o = o * new.head_norm.weight
                 new.head_norm.weight.fill_(1.0)
             new.o_proj.weight.copy_(torch.einsum("mha,hab->mhb", o, turn[reader]).flatten(1))
-    return new, errors
+    return new.to(device), errors
 
 
 @torch.no_grad()
@@ -484,7 +491,7 @@ class Options:
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["hf"])
     seed: int = option(0, "of the calibration windows and of healing")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+    device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)")
 
 
@@ -505,7 +512,8 @@ def open_job(o):
         if not o.overwrite or not (out / "report.json").is_file():
             what = "holds another model" if (out / "report.json").is_file() else "exists and compress.py did not make it"
             raise ValueError(f"{out} {what}: give another --out_dir" + (" or --overwrite" if (out / "report.json").is_file() else ""))
-    model, state = load_checkpoint(o.checkpoint, choose_device(o.device))
+    device = choose_device(o.device)
+    model, state = load_checkpoint(o.checkpoint, "cpu" if device.type == "mps" else device)  # mps has no float64
     config = model.config
     if config.attention not in ("mha", "mea"):
         why = {"dfa": "its two attention maps share one value, and their difference reads keys in pairs", "tha": "it mixes attention maps, so a head's keys cannot be turned alone"}

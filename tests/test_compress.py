@@ -1,0 +1,369 @@
+"""Compression: what is exact, what alignment is for, that the cache shrinks by what is reported, and that bad input is refused."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import compress as program
+import train
+from attention import apply_rope, rope_table
+from compress import METHODS, allocate, approximate, choose_ranks, compress, effective_heads, fit_any_maps, key_blocks, probe, turn_heads, uniform_ranks, value_blocks
+from model import GPT, GPTConfig, KVCache, load_checkpoint
+
+BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
+D, C = 6, 24
+
+
+def make(seed=0, **fields):
+    """A model with every parameter random, so that compositions, gains and biases all matter."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**BASE, **fields})).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(37, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_heads(n, seed=0, columns=C):
+    return torch.randn(n, D, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rebuilt(w, turn, parts):
+    """T_h sum_c w[c, h] B_c."""
+    return torch.einsum("hab,ch,cbm->ham", turn, w, parts)
+
+
+def rotation(seed):
+    return torch.linalg.qr(random_heads(1, seed, D)[0]).Q
+
+
+def phases(seed):
+    """A head's key turned by its own angle at every rotary frequency, as a real (D, D) matrix."""
+    angle = torch.rand(D // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6.28
+    cos, sin = torch.diag(angle.cos()), torch.diag(angle.sin())
+    return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)), 0)
+
+
+# ---- the approximation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
+@pytest.mark.parametrize("kind", "kv")
+@pytest.mark.parametrize("metric", [False, True])
+def test_full_rank_is_exact(maps, kind, metric):
+    weight = random_heads(5)
+    moment = importance = None
+    if metric:
+        moment = random_heads(5, 7, 30).flatten(0, 1)
+        moment, importance = moment @ moment.T, random_heads(1, 3)[0, : D // 2 if kind == "k" else 1, :5].T.exp()
+    w, turn, parts, errors = approximate(weight, 5, kind, maps, moment, importance)
+    torch.testing.assert_close(rebuilt(w, turn, parts), weight, rtol=1e-8, atol=1e-8)
+    assert errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("kind", "kv")
+@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
+def test_identical_heads_need_one_component(kind, maps):
+    weight = random_heads(1).expand(4, D, C) * torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]
+    w, turn, parts, errors = approximate(weight, 1, kind, maps)
+    assert errors[-1] < 1e-12
+    torch.testing.assert_close(rebuilt(w, turn, parts), weight)
+
+
+@pytest.mark.parametrize("kind,turned", [("v", rotation), ("k", phases)])
+def test_heads_that_differ_by_a_rotation_need_one_component_once_they_are_aligned(kind, turned):
+    """Why alignment exists: the truncated SVD can only add heads that agree on their coordinates."""
+    weight = torch.stack([turned(seed) @ random_heads(1)[0] for seed in range(4)])
+    for maps, exact in (("none", False), ("rotations", True), ("any", True)):
+        w, turn, parts, errors = approximate(weight, 1, kind, maps)
+        assert (errors[-1] < 1e-10) == exact
+        assert (rebuilt(w, turn, parts) - weight).abs().max() < 1e-4 or not exact
+
+
+@pytest.mark.parametrize("kind", "kv")
+def test_heads_that_differ_by_any_free_map_need_one_component(kind):
+    """A value head by an invertible matrix, a key head by a size and an angle at every frequency: more than rotations undo."""
+    free = [random_heads(1, seed, D)[0] for seed in range(4)] if kind == "v" else [phases(seed) @ torch.diag(torch.rand(D // 2).repeat(2).double() + 0.2) for seed in range(4)]
+    weight = torch.stack([matrix @ random_heads(1, 9)[0] for matrix in free])
+    assert approximate(weight, 1, kind, "rotations")[3][-1] > 1e-3
+    assert approximate(weight, 1, kind, "any")[3][-1] < 1e-6
+
+
+@pytest.mark.parametrize("kind", "kv")
+@pytest.mark.parametrize("n,rank", [(3, 2), (8, 4), (5, 1)])
+def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
+    heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n))
+    w, turn, rotated = turn_heads(heads, rank)
+    errors = rotated + fit_any_maps(heads, w, turn)[2]
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:]))
+    assert errors[-1] < 0.99 * rotated[-1] < 0.99 * errors[0] == 0.99 * turn_heads(heads, rank, rounds=0)[2][0]
+
+
+def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_frequency():
+    """For n -> n-1 complex numbers per head and frequency lose nothing to a truncated SVD of each frequency by itself."""
+    heads = key_blocks(random_heads(3, seed=4, columns=40))
+    best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
+    w, turn, _ = turn_heads(heads, 2)
+    assert fit_any_maps(heads, w, turn, rounds=3000, tolerance=1e-9)[2][-1] == pytest.approx(best.item(), rel=1e-2)
+
+
+def test_the_truncated_svd_is_the_best_of_its_kind():
+    heads = value_blocks(random_heads(5))
+    singular = torch.linalg.svdvals(heads.flatten(1))
+    assert turn_heads(heads, 3, rounds=0)[2][-1] == pytest.approx((singular[3:].square().sum() / singular.square().sum()).item())
+
+
+def test_a_keys_map_commutes_with_rope():
+    turn, rope = phases(3), tuple(table.double() for table in rope_table(9, D))
+    x = random_heads(1, 5, 9)[0].T.view(1, 9, 1, D)
+    torch.testing.assert_close(apply_rope(x @ turn.T, rope), apply_rope(x, rope) @ turn.T)
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------------
+
+SOURCES = {
+    "mha": dict(attention="mha"),
+    "mha + norm": dict(attention="mha", head_norm=True),
+    "gqa": dict(attention="mha", n_kv_head=2),
+    "biases": dict(attention="mha", attention_bias=True, n_kv_head=2),
+    "mea": dict(attention="mea"),
+    "mea, no norm": dict(attention="mea", head_norm=False),
+    "mea, 3 components": dict(attention="mea", n_kv_head=3),
+}
+
+
+def change(model, ranks, method, x):
+    before = model(x)[0]
+    errors = compress(model, ranks, method, tokens(6, 24, seed=3))
+    return ((model(x)[0] - before).norm() / before.norm()).item(), errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(source, method):
+    """Heads that are mixtures of two need two components, whatever the metric."""
+    model = make(**SOURCES[source])
+    generator = torch.Generator().manual_seed(8)
+    for block in model.layers:
+        a = block.self_attn
+        for name in ("k_proj", "v_proj"):
+            for parameter in getattr(a, name).parameters():
+                heads = parameter.data.double().view(-1, D, *parameter.shape[1:])
+                mixture = torch.randn(len(heads), 2, generator=generator, dtype=torch.float64) if parameter.dim() == 2 else mixture
+                heads[:] = torch.einsum("hc,c...->h...", mixture, heads[:2])
+                parameter.data.copy_(heads.view_as(parameter))
+    assert change(model, [(2, 2)] * 2, method, tokens(2, 24))[0] < 2e-5
+    assert model.config.kv_heads(1) == (2, 2)
+
+
+@pytest.mark.parametrize("source", ["mha", "gqa", "mea", "mha + norm"])
+def test_every_method_sees_more_than_the_one_before(source):
+    x = tokens(4, 24, seed=3)
+    changes, n = {}, make(**SOURCES[source]).config.kv_heads(0)[0]
+    for method in METHODS:
+        changes[method] = change(make(**SOURCES[source]), [(n // 2, n // 2)] * 2, method, x)[0]
+    assert changes["aligned"] < 0.9 * changes["svd"] and changes["rotated"] < changes["svd"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_layers_that_keep_their_heads_do_not_change(source):
+    model, x = make(**SOURCES[source]), tokens(2, 24)
+    full = model.config.kv_heads(0)
+    assert change(model, [full] * 2, "aligned", x)[0] < 1e-6 and model.config.attention == "mea"
+    model = make(**SOURCES[source])
+    assert change(model, [full, (1, full[1])], "aligned", x)[1][0] == {"k": 0.0, "v": 0.0}
+
+
+def test_keys_behind_a_qk_norm_stay_and_values_are_compressed():
+    fields = dict(attention="mha", qk_norm=True, n_kv_head=4)
+    assert uniform_ranks(GPTConfig(**BASE, **fields), 0.75) == [(4, 2)] * 2
+    with pytest.raises(ValueError, match="QK-norm stay.*0.625, 0.75, 0.875, 1 are possible"):
+        uniform_ranks(GPTConfig(**BASE, **fields), 0.5)
+    assert change(make(**fields), [(4, 2)] * 2, "aligned", tokens(4, 24, seed=3))[0] < change(make(**fields), [(4, 2)] * 2, "svd", tokens(4, 24, seed=3))[0]
+    costs = probe(make(**fields), "aligned", tokens(2, 24), (tokens(2, 24).numpy(), tokens(2, 24).numpy()))
+    assert all(keys == 4 for keys, _ in choose_ranks(GPTConfig(**BASE, **fields), 0.75, "probe", costs))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_compressed_model_decodes_from_a_cache_of_exactly_its_bytes(source):
+    model = make(**SOURCES[source])
+    n = model.config.kv_heads(0)[0]
+    before = KVCache(model.config, 3, 20).nbytes
+    compress(model, [(1, n), (n - 1, 1)], "aligned", tokens(4, 24, seed=3))
+    cache = KVCache(model.config, 3, 20)
+    assert cache.nbytes == 3 * 20 * model.config.kv_bytes_per_token() == before * (2 * n + 1) // (4 * n)
+    x = tokens(3, 20)
+    whole = model(x)[0]
+    pieces = [model(part, cache=cache)[0] for part in (x[:, :7], *x[:, 7:].split(1, dim=1))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_heads_are_found_once():
+    attn = make(attention="mha", n_kv_head=2).layers[0].self_attn
+    heads, reader = effective_heads(attn, "k")
+    weight = attn.k_proj.weight.double().view(2, D, C)
+    torch.testing.assert_close(heads[reader], weight[[0, 0, 1, 1]])
+    assert len(heads) == 2
+
+
+# ---- budgets ----------------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_the_papers_and_a_ratio_must_be_a_number_of_heads():
+    config = GPTConfig(**{**BASE, "n_layer": 8, "attention": "mha"})
+    assert uniform_ranks(config, 0.5) == [(2, 2)] * 8
+    assert uniform_ranks(config, 0.375) == [(2, 1)] * 8  # the odd one is a key head: keys are dearer
+    assert uniform_ranks(config, 0.5, "deep") == [(4, 4)] * 3 + [(2, 2)] * 5
+    assert uniform_ranks(config, 0.5, "middle") == [(4, 4)] * 2 + [(2, 2)] * 4 + [(4, 4)] * 2
+    for wrong in (0.3, 0.125, 1.5, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1 are possible"):
+            uniform_ranks(config, wrong)
+    uneven = GPTConfig(**{**BASE, "n_layer": 1, "n_kv_head": [[4, 1]]})
+    assert uniform_ranks(uneven, 0.6) == [(2, 1)] and uniform_ranks(uneven, 0.8) == [(3, 1)]
+
+
+def test_allocation_is_the_cheapest_of_all():
+    generator = torch.Generator().manual_seed(0)
+    costs = {(layer, kind): sorted(torch.rand(3, generator=generator).tolist(), reverse=True) for layer in range(2) for kind in "kv"}
+    for heads in range(4, 13):
+        every = [ranks for ranks in itertools.product((1, 2, 3), repeat=4) if sum(ranks) == heads]
+        price = lambda ranks: sum(cost[rank - 1] for cost, rank in zip(costs.values(), ranks))
+        chosen = [rank for pair in allocate(costs, heads) for rank in pair]
+        assert sum(chosen) == heads and price(chosen) == pytest.approx(min(map(price, every)))
+
+
+def test_a_probe_measures_what_compressing_one_layer_costs():
+    model, windows = make(attention="mha"), (tokens(3, 20, seed=5).numpy(), tokens(3, 20, seed=6).numpy())
+    x, y = map(torch.from_numpy, windows)
+    calibration, before = tokens(4, 24, seed=3), {name: w.clone() for name, w in model.state_dict().items()}
+    costs = probe(model, "aligned", calibration, windows)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items()) and model.config.attention == "mha"
+    base = model(x, y)[1].item()
+    for layer, kind, rank in ((0, "k", 1), (1, "v", 2)):
+        one = make(attention="mha")
+        ranks = [(4, 4), (4, 4)]
+        ranks[layer] = (rank, 4) if kind == "k" else (4, rank)
+        compress(one, ranks, "aligned", calibration)
+        assert costs[layer, kind][rank - 1] == pytest.approx(one(x, y)[1].item() - base, abs=1e-5)
+        assert costs[layer, kind][3] == 0.0
+
+
+# ---- the program ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("trained")
+    for attention in ("mha", "dfa"):
+        train.main([f"--{name}={value}" for name, value in dict(
+            preset="tiny", attention=attention, data_dir=data, out_dir=folder / attention, max_steps=40, dtype="float32", threads=1).items()])  # fmt: skip
+    return folder
+
+
+def run(*options):
+    program.main([str(option) for option in ("--eval_windows", 4, "--calibration_windows", 4, "--probe_windows", 2, "--threads", 1, *options)])
+
+
+def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
+    out = tmp_path / "half"
+    run("--checkpoint", trained / "mha", "--out_dir", out, "--budget", "probe", "--curve", "1.0,0.5,0.25", "--heal_steps", 3, "--continue_original", "--rows", 2)
+    printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
+    model, state = load_checkpoint(out)
+    assert report["kv_bytes_per_token"]["after"] * 2 == report["kv_bytes_per_token"]["before"] == 2 * 2 * 32 * 4
+    cache = KVCache(model.config, 2, report["cache"]["context"])
+    assert cache.nbytes == report["cache"]["bytes"]["after"] and report["kv_ratio"] == 0.5
+    assert report["ranks"] == model.config.n_kv_head and sum(map(sum, report["ranks"])) == 8
+    assert report["loss"].keys() == {"before", "after", "healed", "continued"} == report["bpb"].keys()
+    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25] and (out / "report.png").stat().st_size > 10_000
+    assert report["curve"][0]["loss"] == pytest.approx(report["loss"]["before"], abs=1e-4)
+    assert report["curve"][1]["loss"] == pytest.approx(report["loss"]["after"], abs=1e-5)
+    assert "cached bytes per token" in printed and len(report["errors"]) == 2
+    with pytest.raises(SystemExit):  # a compressed checkpoint is weights, not a run to go on with
+        train.main(["--resume", "--out_dir", str(out)])
+    capsys.readouterr()
+    import sample
+
+    for extra in ([], ["--no_cache"]):
+        sample.main(["--checkpoint", str(out), "--prompt", "head", "--temperature", "0", "--max_new_tokens", "40", *extra])
+    cached, uncached = capsys.readouterr().out.splitlines()
+    assert cached == uncached and cached.startswith("head")
+    run("--checkpoint", out, "--out_dir", tmp_path / "again", "--kv_ratio", 0.5, "--budget", "probe", "--heal_steps", 2, "--distill", "--heal_params", "compose")
+    again, _ = load_checkpoint(tmp_path / "again")
+    assert again.config.kv_bytes_per_token() * 2 == model.config.kv_bytes_per_token()
+
+
+@pytest.mark.parametrize("chosen,moves", [("compose", "compose_"), ("attention", "self_attn"), ("all", "")])
+def test_healing_moves_only_what_it_may_and_lowers_the_loss(trained, data, chosen, moves):
+    from data.dataset import WindowSampler, open_dataset
+
+    model, _ = load_checkpoint(trained / "mha")
+    compress(model, [(1, 1)] * 2, "svd")
+    before = {name: w.clone() for name, w in model.named_parameters()}
+    losses, o = [], program.Options(heal_params=chosen, heal_learning_rate=3e-3, batch_size=4)
+    program.heal(model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, report=lambda _, loss: losses.append(loss))
+    moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
+    assert moved and moved == {name for name in before if moves in name}
+    assert sum(losses[-5:]) < sum(losses[:5]) and all(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_a_healed_teacher_is_not_touched(trained, tmp_path):
+    run("--checkpoint", trained / "mha", "--out_dir", tmp_path / "o", "--heal_steps", 2, "--distill")
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["loss"]["healed"] != report["loss"]["after"]
+
+
+def refused(capsys, *options):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path, capsys, data):
+    out, mha = tmp_path / "out", trained / "mha"
+    ours = ("--out_dir", out)
+    assert "0.25, 0.375, 0.5, 0.625" in refused(capsys, "--checkpoint", mha, "--kv_ratio", 0.3, *ours)
+    assert "share one value" in refused(capsys, "--checkpoint", trained / "dfa", *ours)
+    assert "no checkpoint at" in refused(capsys, "--checkpoint", tmp_path / "none", *ours)
+    assert "leaves none of 2 layers" in refused(capsys, "--checkpoint", mha, "--budget", "deep", *ours)
+    assert "curve must be ratios" in refused(capsys, "--checkpoint", mha, "--curve", "half", *ours)
+    assert "give --heal_steps" in refused(capsys, "--checkpoint", mha, "--distill", *ours)
+    assert "context must be between" in refused(capsys, "--checkpoint", mha, "--context", 100_000, *ours)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes").write_text("mine")
+    assert "compress.py did not make it" in refused(capsys, "--checkpoint", mha, "--overwrite", *ours)
+    assert "did not make it" in refused(capsys, "--checkpoint", mha, "--out_dir", mha, "--overwrite")
+    assert (out / "notes").read_text() == "mine" and (mha / "checkpoint.pt").exists()
+    run("--checkpoint", mha, "--out_dir", tmp_path / "made")
+    made = (tmp_path / "made" / "checkpoint.pt").read_bytes()
+    assert "--overwrite" in refused(capsys, "--checkpoint", mha, "--out_dir", tmp_path / "made")
+    assert (tmp_path / "made" / "checkpoint.pt").read_bytes() == made
+
+
+def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_path, capsys, data):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=64))  # fmt: skip
+    theirs.save_pretrained(tmp_path / "hf")
+    assert "give --data_dir" in refused(capsys, "--checkpoint", tmp_path / "hf")
+    run("--checkpoint", tmp_path / "hf", "--data_dir", data)
+    model, _ = load_checkpoint(tmp_path / "hf-kv0.5")
+    assert model.config.n_kv_head == [[2, 1], [2, 1]]
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert "has no weights" in refused(capsys, "--checkpoint", tmp_path / "hf", "--data_dir", data, "--overwrite")
+    run("--checkpoint", trained / "mha", "--export", "hf", "--out_dir", tmp_path / "exported")
+    x = torch.randint(257, (2, 30))
+    ours, _ = load_checkpoint(trained / "mha")
+    with torch.no_grad():
+        torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(x).logits, ours(x)[0], rtol=1e-4, atol=1e-4)
+    assert "fewer component heads" in refused(capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no")
