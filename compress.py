@@ -208,15 +208,34 @@ def approximate(weight, rank, kind, maps, moment=None, importance=None):
 
 
 @torch.no_grad()
-def compress_layer(attn, config, layer, method, moments=None):
+def refit_output(new, attn, inputs, rope, ridge=0.03):
+    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W - W_now|^2.
+
+    y and y_new are the heads' outputs, side by side, of the layer before and after; the ridge is in units of y_new's mean
+    square, so that directions that calibration hardly shows stay as they are.
+    """
+    seen = []
+    hook = new.o_proj.register_forward_pre_hook(lambda _, y: seen.append(y[0].flatten(0, 1).double()))
+    gram, product = 0.0, 0.0
+    for x in inputs:
+        seen.clear()
+        missing = (attn(x, rope) - new(x, rope)).flatten(0, 1).double()  # (B*T, C)
+        gram, product = gram + seen[0].T @ seen[0], product + missing.T @ seen[0]
+    hook.remove()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
+
+
+@torch.no_grad()
+def compress_layer(attn, config, layer, method, moments=None, inputs=(), rope=None):
     """(the MEA that replaces `attn`, {"k": error, "v": error}) with the component heads that config.kv_heads(layer) says.
 
     W_h ~ T_h sum_c w[c, h] B_c: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into q_proj as
     q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and its gain, which is
     not, goes into W^O first. Keys or values that keep their number of heads stay as they are. `moments` as from
-    `second_moments`; without them weights stand in for the data.
+    `second_moments` of `inputs` (B, T, C) in a list; without them weights stand in for the data.
     """
-    device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
+    original, device, attn = attn, attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
     new, n_head, D = MEA(config, layer).to(attn.q_proj.weight), attn.n_head, attn.head_dim
     ours, theirs = new.state_dict(), attn.state_dict()
     new.load_state_dict({name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}, strict=False)
@@ -226,7 +245,9 @@ def compress_layer(attn, config, layer, method, moments=None):
             continue
         weight, reader = effective_heads(attn, kind)
         normed = kind == "v" and isinstance(attn.head_norm, HeadNorm)
-        maps = "rotations" if normed and method == "aligned" else METHODS[method]
+        maps = METHODS[method]
+        if maps == "any" and (normed or moments is None):  # without data, wider maps only fit the weights better
+            maps = "rotations"
         moment, importance = None if moments is None or method == "svd" else moments[kind].cpu(), None
         if method == "aligned" and kind == "k" and moments is not None:  # an error in a key counts as much as its queries are large
             importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6).cpu()
@@ -250,26 +271,10 @@ def compress_layer(attn, config, layer, method, moments=None):
                 o = o * new.head_norm.weight
                 new.head_norm.weight.fill_(1.0)
             new.o_proj.weight.copy_(torch.einsum("mha,hab->mhb", o, turn[reader]).flatten(1))
-    return new.to(device), errors
-
-
-@torch.no_grad()
-def refit_output(new, attn, inputs, rope, ridge=0.03):
-    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W - W_now|^2.
-
-    y and y_new are the heads' outputs, side by side, of the layer before and after; the ridge is in units of y_new's mean
-    square, so that directions that calibration hardly shows stay as they are.
-    """
-    seen = []
-    hook = new.o_proj.register_forward_pre_hook(lambda _, y: seen.append(y[0].flatten(0, 1).double()))
-    gram, product = 0.0, 0.0
-    for x in inputs:
-        seen.clear()
-        missing = (attn(x, rope) - new(x, rope)).flatten(0, 1).double()  # (B*T, C)
-        gram, product = gram + seen[0].T @ seen[0], product + missing.T @ seen[0]
-    hook.remove()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
+    new = new.to(device)
+    if inputs and method == "aligned":
+        refit_output(new, original, inputs, rope)
+    return new, errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,12 +349,10 @@ def compress(model, ranks, method="aligned", tokens=None, chunk=4):
     for layer, block in enumerate(model.layers):
         normed = [block.input_layernorm(x) for x in inputs]
         moments = second_moments(block.self_attn, normed, rope) if inputs else None
-        new, missing = compress_layer(block.self_attn, config, layer, method, moments)
-        if normed and method == "aligned":
-            refit_output(new, block.self_attn, normed, rope)
+        new, lost = compress_layer(block.self_attn, config, layer, method, moments, normed, rope)
         inputs = [block(x, rope) for x in inputs]
         block.self_attn = new
-        errors.append(missing)
+        errors.append(lost)
     model.config = config
     return errors
 
@@ -376,19 +379,17 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
         losses = [token_loss(model.norm(out).flatten(0, 1), model.lm_head.weight, part.flatten()).item() * len(part) for out, part in zip(outputs, y)]
         return sum(losses) / len(windows[0])
 
-    base = loss(0)
+    base, rope = loss(0), None if tokens is None else rope_of(model, tokens.size(1))
     for layer, block in enumerate(model.layers):
         original, full = block.self_attn, config.kv_heads(layer)
         normed = [block.input_layernorm(part) for part in calibration]
-        moments = second_moments(original, normed, rope_of(model, tokens.size(1))) if normed else None
+        moments = second_moments(original, normed, rope) if normed else None
         for kind, n in zip("kv", full):
             costs[layer, kind] = [math.inf if kind == "k" and config.qk_norm else 0.0] * (n - 1) + [0.0]
             for rank in range(1, n if costs[layer, kind][0] == 0.0 else 1):
                 ranks = [config.kv_heads(other) for other in range(config.n_layer)]
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
-                block.self_attn, _ = compress_layer(original, with_ranks(config, ranks), layer, method, moments)
-                if normed and method == "aligned":
-                    refit_output(block.self_attn, original, normed, rope_of(model, tokens.size(1)))
+                block.self_attn, _ = compress_layer(original, with_ranks(config, ranks), layer, method, moments, normed, rope)
                 costs[layer, kind][rank - 1] = loss(layer) - base
             report(layer, kind, costs[layer, kind])
         block.self_attn = original
@@ -477,7 +478,7 @@ class Options:
     budget: str = option("all", "layers that give up heads: all, deep (not the first three), middle (the middle half); probe measures who can spare most", [*BUDGETS, "probe"])
     data_dir: str = option("", "prepared data set to calibrate, heal and measure on (default: the one the checkpoint was trained on)")
     calibration_windows: int = option(32, "training windows that the method sees; 0: none, weights stand in for them")
-    probe_windows: int = option(8, "validation windows that a probe measures on")
+    probe_windows: int = option(8, "training windows that a probe measures on")
     eval_windows: int = option(64, "validation windows that the report measures on")
     heal_steps: int = option(0, "training steps afterwards")
     heal_learning_rate: float = option(3e-4, "peak of their schedule")
@@ -520,11 +521,12 @@ def open_job(o):
         raise ValueError(f"{o.checkpoint} is a {config.attention} model, and only mha and mea can be compressed: {why[config.attention]}")
     for ratio in (o.kv_ratio, *curve_of(o)):
         choose_ranks(config, ratio, o.budget)
-    data_dir = o.data_dir or (state.get("options") or {}).get("data_dir")
-    if not data_dir:
+    saved = {name: value if isinstance(value := state.get(name), dict) else {} for name in ("options", "data")}
+    data_dir = o.data_dir or saved["options"].get("data_dir")
+    if not data_dir or not isinstance(data_dir, str):
         raise ValueError(f"{o.checkpoint} does not say what data it was trained on: give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)")
     dataset = open_dataset(data_dir)
-    known = (state.get("data") or {}).get("tokenizer")
+    known = saved["data"].get("tokenizer")
     if known and known != dataset.meta["tokenizer"]["sha256"]:
         raise ValueError(f"{data_dir} was made with another tokenizer than {o.checkpoint}: prepare it with that one")
     if dataset.vocab_size > config.vocab_size:
@@ -572,6 +574,7 @@ def draw_report(report, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     panels = ["errors"] + ["probe"] * ("probe" in report) + ["curve"] * ("curve" in report)
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
@@ -596,6 +599,8 @@ def draw_report(report, path):
             ax.plot(*zip(*points), "o-", ms=4, color="#55a868", label="before healing")
             ax.axhline(report["loss"]["before"], color="grey", lw=0.8, ls="--", label="original")
             ax.set(xlabel="cached bytes per token", ylabel="loss (nats per token)", title="loss against the cache", xlim=(0, None))
+        if panel != "curve":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
@@ -622,7 +627,7 @@ def run(o, model, state, dataset):
     report = dict(method=o.method, budget=o.budget, seed=o.seed, options=asdict(o))
     costs = None
     if o.budget == "probe":
-        few = tuple(part[: o.probe_windows] for part in windows)
+        few = sampler.batch(1, o.probe_windows)  # not the windows that the report is going to measure on
         said = lambda layer, kind, costs: show(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: " + " ".join(f"{c:+.4f}" for c in costs))
         costs = probe(model, o.method, tokens, few, report=said)
         report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
@@ -690,7 +695,7 @@ def main(argv=None):
         torch.manual_seed(o.seed)
         model, report = run(o, model, state, dataset)
         with new_folder(o.out_dir, o.overwrite) as folder:
-            data = state.get("data") or dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"])
+            data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"])
             save_checkpoint(folder, dict(model=model.state_dict(), config=asdict(model.config), data=data, options=dict(data_dir=str(dataset.folder))))
             dataset.tokenizer.save(folder)
             write_atomically(folder / "config.json", json.dumps(dict(format=FORMAT, model=asdict(model.config)), indent=2) + "\n")
