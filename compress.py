@@ -30,7 +30,7 @@ from attention import MEA, HeadNorm, apply_rope, causal_attention, compose_heads
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
 from model import FORMAT, KVCache, fail, find_checkpoint, load_checkpoint, new_folder, option, parse_options, save_checkpoint, token_loss
-from train import autocast, choose_device, choose_dtype, evaluate, write_atomically
+from train import autocast, check_data, choose_device, choose_dtype, evaluate, same_tokenizer, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximation
@@ -521,16 +521,15 @@ def open_job(o):
         raise ValueError(f"{o.checkpoint} is a {config.attention} model, and only mha and mea can be compressed: {why[config.attention]}")
     for ratio in (o.kv_ratio, *curve_of(o)):
         choose_ranks(config, ratio, o.budget)
-    saved = {name: value if isinstance(value := state.get(name), dict) else {} for name in ("options", "data")}
-    data_dir = o.data_dir or saved["options"].get("data_dir")
+    saved = state.get("options")
+    data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
     if not data_dir or not isinstance(data_dir, str):
         raise ValueError(f"{o.checkpoint} does not say what data it was trained on: give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)")
     dataset = open_dataset(data_dir)
-    known = saved["data"].get("tokenizer")
-    if known and known != dataset.meta["tokenizer"]["sha256"]:
+    if "data" in state:
+        check_data(state, o.checkpoint)
+    if not same_tokenizer(o.checkpoint, state, dataset):
         raise ValueError(f"{data_dir} was made with another tokenizer than {o.checkpoint}: prepare it with that one")
-    if dataset.vocab_size > config.vocab_size:
-        raise ValueError(f"{data_dir} has {dataset.vocab_size} tokens and {o.checkpoint} knows {config.vocab_size}: prepare it with the model's tokenizer")
     for name, default in (("block_size", 1024), ("context", 4096)):
         value = getattr(o, name) or min(config.block_size, default)
         if not 2 <= value <= config.block_size:
