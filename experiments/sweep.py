@@ -9,7 +9,7 @@ constant after the warm-up; then full runs at those rates:
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
 
-The same for a laptop: 90 short runs and 18 longer ones of a model so small that a run takes about SECONDS_PER_RUN on one core.
+The same for a laptop: 90 short runs and 18 longer ones of a model so small that 300 steps of MEA take about 40 s of one core.
 
     LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64"
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2 --max_steps 300 --jobs 2 $LAPTOP
@@ -265,7 +265,8 @@ def markdown(table):
     for name, row in table.items():
         cells = [name, *([number(row["learning_rate"], "g")] if rates else []), number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")]
         cells += [number(row["minus_mha"], "+.4f", row["minus_mha_std"]) if row["variant"] != "mha" else "", number(row["p"], ".3g"), str(row["spikes"])]
-        rows.append(f"| {' | '.join(cells)} | {row['n']}{f' and {row['diverged']} diverged' if row['diverged'] else ''} |")
+        seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
+        rows.append(f"| {' | '.join([*cells, seeds])} |")
     counts = sorted({row["n"] for row in table.values() if row["p"] is not None})
     if counts:
         smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
@@ -314,7 +315,7 @@ def fit_power_law(tokens, losses):
         off = np.abs(found[1] * np.exp(-found[0] * x) + found[2] - y)
         weights = 1 / np.maximum(1, off / (1.345 * 1.4826 * np.median(off) + 1e-12))
     alpha, amplitude, floor = map(float, found)
-    return dict(alpha=alpha, D_c=tokens[-1] * amplitude ** (1 / alpha), L_0=floor)
+    return dict(alpha=alpha, D_c=float(tokens[-1]) * amplitude ** (1 / alpha), L_0=floor)
 
 
 def power_law(fit, tokens):
@@ -409,9 +410,11 @@ def rates_markdown(rows, choices):
         lines.append(f"| {row['variant']} | {row['preset'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f')} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
     lines += [""]
     for choice in choices:
-        how = f"foretold: {choice['foretold']['constant']:.3g} * parameters^{choice['foretold']['exponent']:.3f}" if "foretold" in choice else "chosen"
+        who = ", ".join(filter(None, (choice["variant"], choice["preset"])))
         rate = f"{choice['learning_rate']:g}" if choice["learning_rate"] else "no stable rate: try smaller ones"
-        lines.append(f"- {choice['variant']}{f', {choice['preset']}' if choice['preset'] else ''}: {rate}{f' ({how})' if choice['learning_rate'] else ''}")
+        if law := choice.get("foretold"):
+            rate += f", foretold by {law['constant']:.3g} * parameters^{law['exponent']:.3f}"
+        lines.append(f"- {who}: {rate}")
     return "\n".join(lines)
 
 
