@@ -12,12 +12,13 @@ constant after the warm-up; then full runs at those rates:
 The same for a laptop: 90 short runs and 18 longer ones of a model so small that 300 steps of MEA take about 40 s of one core.
 
     LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64"
-    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2 --max_steps 300 --jobs 2 $LAPTOP
+    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2 --max_steps 300 --extrapolate_to 1.2e6 --jobs 2 $LAPTOP
     python experiments/sweep.py --rates_from experiments/results/rates.json --max_steps 600 --snapshots --jobs 2 $LAPTOP
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
-repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. Results are
-tables (.json, .md) and, with matplotlib, pictures (.png), each with its numbers in a .json beside it.
+repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
+curve is extrapolated, the more the noise in it counts: look at the spread over seeds in rates.md. Results are tables
+(.json, .md) and, with matplotlib, pictures (.png), each with its numbers in a .json beside it.
 """
 
 import argparse
@@ -346,12 +347,13 @@ def rate_rows(root, settings, seeds, tokens=None):
             continue
         fits = [fit_power_law(*smoothed_curve(read_lines(f), read_options(f)["warmup_steps"])) for f in folders if finished(f)]
         at = tokens or (10 * ends[0]["tokens"] if ends else None)
+        ahead = [power_law(fit, at) for fit in fits]
         config = json.loads((folders[0] / "config.json").read_text())["model"]
         rows.append(dict(
             variant=setting.variant, preset=setting.preset, learning_rate=setting.rate, n=len(ends), diverged=lost, parameters=count_parameters(config),
             spikes=sum(end["loss_spikes"] for end in ends), stable=not lost and not any(end["loss_spikes"] for end in ends),
             losses=[end["val_loss"] for end in ends], fits=fits, tokens=at,
-            extrapolated=statistics.mean(power_law(fit, at) for fit in fits) if fits else None,
+            extrapolated=statistics.mean(ahead) if ahead else None, extrapolated_std=statistics.stdev(ahead) if len(ahead) > 1 else None,
         ))  # fmt: skip
     return rows
 
@@ -407,7 +409,7 @@ def rates_markdown(rows, choices):
     for row in rows:
         word = "**chosen**" if (row["preset"], row["variant"], row["learning_rate"]) in chosen else "" if row["stable"] else "unstable"
         loss = number(statistics.mean(row["losses"]) if row["losses"] else None, ".4f")
-        lines.append(f"| {row['variant']} | {row['preset'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f')} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
+        lines.append(f"| {row['variant']} | {row['preset'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f', row['extrapolated_std'])} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
     lines += [""]
     for choice in choices:
         who = ", ".join(filter(None, (choice["variant"], choice["preset"])))
@@ -471,19 +473,20 @@ def draw_curves(plt, data):
     for (left, *right), (preset, lines) in zip(axes, data.items()):
         for name, line in lines.items():
             x = np.array(line["tokens"]) / 1e6
-            label = name + (f", rate {line['learning_rate']:g}" if line["learning_rate"] else "")
+            label = name + (f", rate {line['learning_rate']:g}" if line["learning_rate"] else "") + f" (n = {len(line['losses'])})"
             left.plot(x, np.mean([*line["losses"].values()], axis=0), color=color(name), lw=1.5, label=label)
             mha = lines.get("mha", dict(tokens=[], losses={}))
             paired = [np.subtract(losses, mha["losses"][seed]) for seed, losses in line["losses"].items() if seed in mha["losses"] and line["tokens"] == mha["tokens"]]
             if right and paired:
-                right[0].plot(x, np.mean(paired, axis=0), color=color(name), lw=1.5)
-                right[0].fill_between(x, np.min(paired, axis=0), np.max(paired, axis=0), color=color(name), alpha=0.12, lw=0)
-        seeds = max(len(line["losses"]) for line in lines.values())
-        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{preset} mean of {seeds} seed{'s' * (seeds > 1)}".strip())
+                mean = np.mean(paired, axis=0)
+                beside = x + 0.05 * (x[-1] / len(x)) * [*VARIANTS].index(name)  # bars side by side
+                reach = (mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean) if len(paired) > 1 and name != "mha" else None
+                right[0].errorbar(beside, mean, reach, color=color(name), lw=1.5, elinewidth=0.8, capsize=2)
+        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{preset} mean over seeds".strip())
         left.legend(fontsize=9)
         left.grid(alpha=0.3)
         if right:
-            right[0].set(xlabel="training tokens (millions)", ylabel="minus MHA, same seed", title="difference to MHA: mean and range" if seeds > 1 else "difference to MHA")
+            right[0].set(xlabel="training tokens (millions)", ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
             right[0].grid(alpha=0.3)
     return figure
 
@@ -502,7 +505,7 @@ def sensitivity(table):
 
 
 def draw_sensitivity(plt, data):
-    """Final loss against rate: mean line, range over seeds, each seed a dot; an open dot for a rate that was unstable."""
+    """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest: beyond is only bad."""
     figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
     for ax, (preset, lines) in zip(axes[0], data.items()):
         for name, points in lines.items():
@@ -513,6 +516,8 @@ def draw_sensitivity(plt, data):
             for point in points:
                 face = "white" if point["unstable"] else color(name)
                 ax.plot([point["learning_rate"]] * len(point["losses"]), point["losses"], "o", ms=4, color=color(name), mfc=face)
+        lowest = min((loss for points in lines.values() for point in points for loss in point["losses"]), default=0)
+        ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
         rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
         ax.set_xscale("log")
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
