@@ -3,21 +3,48 @@
     python experiments/sweep.py                                     # every variant, 3 seeds, the default preset
     python experiments/sweep.py --variants mha,mea --seeds 5 --jobs 2
 
+Each variant at a learning rate of its own, chosen as the paper does (section 5.1.2, appendix D) from short runs whose rate is
+constant after the warm-up; then full runs at those rates:
+
+    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
+    python experiments/sweep.py --rates_from experiments/results/rates.json
+
+The same for a laptop: 90 short runs and 18 longer ones of a model so small that 300 steps of MEA take about 40 s of one core.
+
+    LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64"
+    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2 --max_steps 300 --extrapolate_to 1.2e6 --jobs 2 $LAPTOP
+    python experiments/sweep.py --rates_from experiments/results/rates.json --max_steps 600 --snapshots --jobs 2 $LAPTOP
+
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
-repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py.
+repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
+curve is extrapolated, the more the noise in it counts: look at the spread over seeds in rates.md. Results are tables
+(.json, .md) and, with matplotlib, pictures (.png), each with its numbers in a .json beside it.
 """
 
 import argparse
+import contextlib
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import model as gpt
+import train
+from model import GPT, GPTConfig, load_checkpoint, parse_options
 
 VARIANTS = {
     "mha": ["--attention", "mha"],
@@ -28,91 +55,612 @@ VARIANTS = {
     "tha": ["--attention", "tha"],
 }
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of one row share, all but the seed. None leaves it to train.py."""
+
+    variant: str
+    rate: float | None = None
+    preset: str | None = None
+
+    @property
+    def name(self):
+        return "-".join([self.variant, *([self.preset] if self.preset else []), *([f"lr{self.rate:g}"] if self.rate else [])])
+
+    def options(self, seed):
+        preset = ["--preset", self.preset] if self.preset else []
+        rate = ["--learning_rate", f"{self.rate:g}"] if self.rate else []
+        return [*VARIANTS[self.variant], *preset, *rate, "--seed", str(seed)]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    options: list  # for train.py
+    steps: int
+    warmup_steps: int
+    save_every: int
+    step_flops: float
+
+    def start(self):
+        """Run or go on; the text goes to a file beside the folder. Raises SystemExit if it fails other than by diverging."""
+        command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(self.folder)]
+        if (self.folder / "checkpoint.pt").exists():
+            command += ["--resume"]
+        else:
+            command += ["--overwrite", *self.options]
+            (self.folder / "compose.npz").unlink(missing_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.folder}.log", "a") as log:
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code and not diverged(self.folder):
+            raise SystemExit(f"error: {' '.join(command)} ended with {code}: see {self.folder}.log")
+
+    def steps_left(self):
+        """As the run stands now, or will when it is resumed from its last regular checkpoint."""
+        if finished(self.folder) or diverged(self.folder):
+            return 0
+        lines = read_lines(self.folder) if (self.folder / "checkpoint.pt").exists() else []
+        return self.steps - (lines[-1]["step"] // self.save_every * self.save_every if lines else 0)
+
+
+def read_lines(folder):
+    """The lines of a run's metrics; none if it has not begun. The last one may be half-written: it is left out."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            lines.append(json.loads(line))
+    return lines
+
+
+def read_options(folder):
+    """The options a run was started with, or {}."""
+    try:
+        return json.loads((folder / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
 
 def finished(folder):
     """The last line of a run's metrics if the run is done, otherwise None."""
+    lines = read_lines(folder)
+    return lines[-1] if lines and lines[-1]["step"] == read_options(folder).get("max_steps") and "val_loss" in lines[-1] else None
+
+
+def diverged(folder):
+    """Whether a run was stopped by a loss that is not finite; resumed, it would be again."""
     try:
-        line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        steps = json.loads((folder / "config.json").read_text())["options"]["max_steps"]
-    except (OSError, ValueError, IndexError, KeyError):
-        return None
-    return line if line.get("step") == steps and "val_loss" in line else None
+        return folder.exists() and "stopped before the update" in Path(f"{folder}.log").read_text(errors="replace")[-1000:]
+    except OSError:
+        return False
 
 
-def train(folder, options):
-    """Run or go on with one training run; its text goes to a file beside its folder."""
-    command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(folder)]
-    command += ["--resume"] if (folder / "checkpoint.pt").exists() else ["--overwrite", *options]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".log"), "a") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"error: {' '.join(command)} ended with {code}: see {folder}.log")
+def planned(setting, seed, root, rest):
+    """The Run of a setting and seed. Raises ValueError for options that train.py would refuse, or a folder with another run."""
+    options, folder = [*setting.options(seed), *rest], root / f"{setting.name}-seed{seed}"
+    o, _ = parse_options(train.Options, options, train.PRESETS)
+    train.check_options(o)
+    shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
+    config = GPTConfig(vocab_size=256, **shape)
+    saved = read_options(folder)
+    for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
+        if saved[name] != getattr(o, name):
+            raise ValueError(f"{folder} holds a run with {name} {saved[name]}, not {getattr(o, name)}: give another --out_dir, or remove it")
+    flops = config.flops_per_token() * o.batch_size * o.grad_accum * config.block_size
+    return Run(folder, options, o.max_steps, o.warmup_steps, o.save_every, flops)
 
 
-def summary(root, variants, seeds):
-    """{variant: {mean, std, n, minus_mha, ...}} of the finished runs; differences are paired by seed."""
-    losses = {}
-    for name in variants:
-        lines = {seed: finished(root / f"{name}-seed{seed}") for seed in range(seeds)}
-        losses[name] = {seed: (line["val_loss"], line["val_bpb"], line["loss_spikes"]) for seed, line in lines.items() if line}
+def run_all(runs, jobs, at_end, snapshots=False):
+    """Run what is not finished, `jobs` at a time, and call `at_end` after each. Time is foretold from FLOPs done since the start."""
+    waiting = [run for run in runs if run.steps_left()]
+    flops_left = lambda: sum(run.step_flops * run.steps_left() for run in waiting)
+    first, began, shown = flops_left(), time.monotonic(), 0
+    with ThreadPoolExecutor(jobs) as pool:
+        going = {pool.submit(run.start) for run in waiting}
+        try:
+            while going:
+                ended, going = wait(going, timeout=1 if snapshots else 10, return_when=FIRST_COMPLETED)
+                for run in waiting if snapshots else []:
+                    snapshot(run.folder)
+                for future in ended:
+                    future.result()  # a run that failed ends the sweep
+                if ended:
+                    at_end()
+                if ended or time.monotonic() - shown > 60:
+                    shown = time.monotonic()
+                    print(progress(len(runs), sum(run.steps_left() > 0 for run in waiting), shown - began, first, flops_left()), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def progress(runs, runs_left, seconds, work, work_left):
+    """The line that says how far a sweep is, `work` and `work_left` being what there was to do at its start and is now."""
+    eta = f"ETA {seconds / (work - work_left) * work_left / 60:.0f} min" if work_left < work else "ETA unknown yet"
+    return f"{runs - runs_left}/{runs} runs, {eta}"
+
+
+def snapshot(folder):
+    """Add the HLC matrices of an MEA run's newest checkpoint to its compose.npz, unless they are there."""
+    file, checkpoint = folder / "compose.npz", folder / "checkpoint.pt"
+    if not checkpoint.exists() or read_options(folder).get("attention") != "mea":
+        return
+    written = checkpoint.stat().st_mtime_ns  # the snapshot takes over its checkpoint's time
+    if file.exists() and file.stat().st_mtime_ns == written:
+        return
+    now = compositions([checkpoint])
+    if file.exists():
+        with np.load(file) as past:
+            kept = past["step"] < now["step"][0]
+            now = {name: np.concatenate([past[name][kept], now[name]]) for name in now}
+    with open(folder / "compose.tmp", "wb") as new:
+        np.savez(new, **now)
+    os.utime(folder / "compose.tmp", ns=(written, written))
+    os.replace(folder / "compose.tmp", file)
+
+
+def compositions(checkpoints):
+    """dict(step (n), compose_k (n, layers, Hc, H), compose_v (n, layers, Hc, H)) of n checkpoints."""
+    collected = dict(step=[], compose_k=[], compose_v=[])
+    for model, state in map(load_checkpoint, checkpoints):
+        collected["step"].append(state["step"])
+        for name in ("compose_k", "compose_v"):
+            collected[name].append(torch.stack([getattr(layer.self_attn, name).detach() for layer in model.layers]).numpy())
+    return {name: np.array(values) for name, values in collected.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def sign_flip_p(differences):
+    """Two-sided p-value of the mean of paired differences: the exact sign-flip test.
+
+    If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n choices of
+    signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n, so 3 seeds cannot show
+    anything at the 5 % level, and 6 can. Raises ValueError for none, or more than 24, differences.
+    """
+    if not 1 <= len(differences) <= 24:
+        raise ValueError(f"the sign-flip test takes 1 to 24 differences, not {len(differences)}")
+    sums = np.array([abs(differences[0])])  # flipping all signs changes nothing, so the first may be fixed
+    for difference in differences[1:]:
+        sums = np.concatenate([sums + difference, sums - difference])
+    return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
+
+
+def summary(root, settings, seeds, own_rates=False):
+    """{name: {mean, std, n, minus_mha, p, ...}} of the finished runs; differences are paired by seed.
+
+    MHA is the one of the same preset and, unless each variant has its own, the same rate.
+    """
+    folders = {setting: [root / f"{setting.name}-seed{seed}" for seed in range(seeds)] for setting in settings}
+    lines = {setting: {seed: line for seed, folder in enumerate(folders[setting]) if (line := finished(folder))} for setting in settings}
     table = {}
-    for name, runs in losses.items():
-        if not runs:
+    for setting, runs in lines.items():
+        lost = sum(seed not in runs and diverged(folder) for seed, folder in enumerate(folders[setting]))
+        if not runs and not lost:
             continue
-        values = [loss for loss, _, _ in runs.values()]
-        paired = [loss - losses["mha"][seed][0] for seed, (loss, _, _) in runs.items() if seed in losses.get("mha", {})]
+        same = [other for other in settings if (other.variant, other.preset) == ("mha", setting.preset) and (own_rates or other.rate == setting.rate)]
+        mha = lines[same[0]] if same else {}
+        values = [line["val_loss"] for line in runs.values()]
+        paired = [line["val_loss"] - mha[seed]["val_loss"] for seed, line in runs.items() if seed in mha]
+        name = setting.variant if own_rates and not setting.preset else setting.name
         table[name] = dict(
-            n=len(values), mean=statistics.mean(values), std=statistics.stdev(values) if len(values) > 1 else None,
-            bpb=statistics.mean(bpb for _, bpb, _ in runs.values()), spikes=sum(spikes for _, _, spikes in runs.values()),
-            minus_mha=statistics.mean(paired) if paired else None, losses={seed: loss for seed, (loss, _, _) in runs.items()},
+            variant=setting.variant, preset=setting.preset, learning_rate=setting.rate, n=len(values), diverged=lost,
+            mean=statistics.mean(values) if values else None, std=statistics.stdev(values) if len(values) > 1 else None,
+            bpb=statistics.mean(line["val_bpb"] for line in runs.values()) if runs else None,
+            spikes=sum(line["loss_spikes"] for line in runs.values()), minus_mha=statistics.mean(paired) if paired else None,
+            minus_mha_std=statistics.stdev(paired) if len(paired) > 1 else None,
+            p=sign_flip_p(paired) if len(paired) > 1 and setting.variant != "mha" else None,
+            losses={seed: line["val_loss"] for seed, line in runs.items()},
         )  # fmt: skip
     return table
 
 
 def markdown(table):
-    rows = ["| variant | validation loss | bits per byte | minus MHA, same seed | spikes | seeds |", "|---|---|---|---|---|---|"]
+    rates = any(row["learning_rate"] for row in table.values())
+    rows = [f"| variant |{' rate |' if rates else ''} validation loss | bits per byte | minus MHA, same seed | p | spikes | seeds |", "|---|---|---|---|---|---|---|" + "---|" * rates]
     for name, row in table.items():
-        spread = f" ± {row['std']:.4f}" if row["std"] is not None else ""
-        difference = f"{row['minus_mha']:+.4f}" if row["minus_mha"] is not None and name != "mha" else ""
-        rows.append(f"| {name} | {row['mean']:.4f}{spread} | {row['bpb']:.4f} | {difference} | {row['spikes']} | {row['n']} |")
+        cells = [name, *([number(row["learning_rate"], "g")] if rates else []), number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")]
+        cells += [number(row["minus_mha"], "+.4f", row["minus_mha_std"]) if row["variant"] != "mha" else "", number(row["p"], ".3g"), str(row["spikes"])]
+        seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
+        rows.append(f"| {' | '.join([*cells, seeds])} |")
+    counts = sorted({row["n"] for row in table.values() if row["p"] is not None})
+    if counts:
+        smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
+        rows += ["", f"Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences, which cannot be below {smallest}."]
     return "\n".join(rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def number(value, form, std=None):
+    return ("" if value is None else f"{value:{form}}") + ("" if std is None else f" ± {std:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def fit_power_law(tokens, losses):
+    """dict(alpha, D_c, L_0) of L(D) = (D_c / D)^alpha + L_0, the paper's law of a loss curve (section 5.1.2). Robust least squares.
+
+    At a given alpha the law is linear in the amplitude (D_c / D_last)^alpha and in L_0, both at least 0, so only alpha is searched,
+    between 0.02 and 2: a grid, then finer ones around its best. Points far off the curve, as of a spike, count less (Huber's
+    weights). Raises ValueError for fewer than 4 points.
+    """
+    x, y = np.log(np.asarray(tokens, float) / tokens[-1]), np.asarray(losses, float)
+    if len(y) < 4:
+        raise ValueError(f"a loss curve of {len(y)} points is too short to fit: 4 are needed")
+
+    def project(alphas, w):
+        """Amplitude, L_0 and weighted squared error for each alpha."""
+        basis = np.exp(-np.outer(alphas, x))  # (alphas, points)
+        w = w / w.sum()
+        centred, mean = basis - (basis @ w)[:, None], y @ w
+        amplitude = np.maximum(centred @ (w * (y - mean)) / (centred**2 @ w), 0)
+        floor = mean - amplitude * (basis @ w)
+        amplitude = np.where(floor < 0, basis @ (w * y) / (basis**2 @ w), amplitude)
+        floor = np.maximum(floor, 0)
+        return amplitude, floor, (amplitude[:, None] * basis + floor[:, None] - y) ** 2 @ w
+
+    weights = np.ones(len(y))
+    for _ in range(10):
+        alphas = np.geomspace(0.02, 2, 41)
+        for _ in range(5):
+            amplitude, floor, error = project(alphas, weights)
+            best = int(error.argmin())
+            found = alphas[best], amplitude[best], floor[best]
+            alphas = np.linspace(alphas[max(best - 1, 0)], alphas[min(best + 1, len(alphas) - 1)], 21)
+        off = np.abs(found[1] * np.exp(-found[0] * x) + found[2] - y)
+        weights = 1 / np.maximum(1, off / (1.345 * 1.4826 * np.median(off) + 1e-12))
+    alpha, amplitude, floor = map(float, found)
+    return dict(alpha=alpha, D_c=float(tokens[-1]) * amplitude ** (1 / alpha), L_0=floor)
+
+
+def power_law(fit, tokens):
+    """The loss that a fit foretells at a number of tokens."""
+    return (fit["D_c"] / tokens) ** fit["alpha"] + fit["L_0"]
+
+
+def smoothed_curve(lines, warmup_steps, points=50):
+    """(tokens, training loss) of a run after its warm-up, each the mean over one of up to `points` equal stretches.
+
+    The training loss: there is one at every step, no batch was seen before, and runs with one seed see the same batches.
+    """
+    after = np.array([(line["tokens"], line["train_loss"]) for line in lines if line["step"] > warmup_steps])
+    return np.array([part.mean(0) for part in np.array_split(after, min(points, len(after)))]).T
+
+
+def rate_rows(root, settings, seeds, tokens=None):
+    """A dict for each setting whose runs are all done: spikes, losses, fits and the mean loss extrapolated to `tokens`.
+
+    Stable: every seed finished, and none had a loss spike. `tokens` is by default ten times what a run saw, as in the paper.
+    """
+    rows = []
+    for setting in settings:
+        folders = [root / f"{setting.name}-seed{seed}" for seed in range(seeds)]
+        lost = sum(map(diverged, folders))
+        ends = [end for folder in folders if (end := finished(folder))]
+        if len(ends) + lost < seeds:
+            continue
+        fits = [fit_power_law(*smoothed_curve(read_lines(f), read_options(f)["warmup_steps"])) for f in folders if finished(f)]
+        at = tokens or (10 * ends[0]["tokens"] if ends else None)
+        ahead = [power_law(fit, at) for fit in fits]
+        config = json.loads((folders[0] / "config.json").read_text())["model"]
+        rows.append(dict(
+            variant=setting.variant, preset=setting.preset, learning_rate=setting.rate, n=len(ends), diverged=lost, parameters=count_parameters(config),
+            spikes=sum(end["loss_spikes"] for end in ends), stable=not lost and not any(end["loss_spikes"] for end in ends),
+            losses=[end["val_loss"] for end in ends], fits=fits, tokens=at,
+            extrapolated=statistics.mean(ahead) if ahead else None, extrapolated_std=statistics.stdev(ahead) if len(ahead) > 1 else None,
+        ))  # fmt: skip
+    return rows
+
+
+def choose_rate(rows, tolerance):
+    """The row with the largest stable rate whose extrapolated loss is within `tolerance` of the lowest stable one; None if none is stable.
+
+    The paper found the best rate of every variant to be its largest stable one: an infinite tolerance takes that for a rule.
+    """
+    stable = [row for row in rows if row["stable"]]
+    lowest = min((row["extrapolated"] for row in stable), default=None)
+    return max((row for row in stable if row["extrapolated"] <= lowest + tolerance), key=lambda row: row["learning_rate"], default=None)
+
+
+def fit_rate_against_size(parameters, rates):
+    """(c, e) of rate = c * parameters^e: a line through the logarithms. Raises ValueError unless there are two sizes."""
+    if len(set(parameters)) < 2:
+        raise ValueError("the rate's dependence on size needs models of at least two sizes")
+    exponent, constant = np.polyfit(np.log(parameters), np.log(rates), 1)
+    return float(np.exp(constant)), float(exponent)
+
+
+def count_parameters(config, preset=None):
+    """Parameters of the model in a run's config.json, or of its like in the shape of another preset."""
+    if preset:
+        config = {**config, "head_dim": None, "intermediate_size": None, "n_kv_head": None, "embedding_multiplier": None, **gpt.PRESETS[preset]}
+    with torch.device("meta"):
+        return GPT(GPTConfig(**config)).n_params()
+
+
+def choose_rates(root, settings, seeds, tokens, tolerance):
+    """(rows, choices): a choice for each preset and variant, and, from two sizes on, one foretold for the next preset."""
+    rows, choices = rate_rows(root, settings, seeds, tokens), []
+    for preset, variant in dict.fromkeys((row["preset"], row["variant"]) for row in rows):
+        chosen = choose_rate([row for row in rows if (row["preset"], row["variant"]) == (preset, variant)], tolerance)
+        rate, size = (chosen["learning_rate"], chosen["parameters"]) if chosen else (None, None)
+        choices.append(dict(variant=variant, preset=preset, learning_rate=rate, parameters=size))
+    for variant in dict.fromkeys(choice["variant"] for choice in choices):
+        known = [choice for choice in choices if choice["variant"] == variant and choice["preset"] and choice["learning_rate"]]
+        later = [*train.PRESETS][max((list(train.PRESETS).index(choice["preset"]) for choice in known), default=-2) + 1 :]
+        if len({choice["parameters"] for choice in known}) > 1 and later:
+            c, e = fit_rate_against_size([choice["parameters"] for choice in known], [choice["learning_rate"] for choice in known])
+            setting = next(setting for setting in settings if (setting.variant, setting.preset) == (variant, known[0]["preset"]))
+            config = json.loads((root / f"{setting.name}-seed0" / "config.json").read_text())["model"]
+            size = count_parameters(config, later[0])
+            choices.append(dict(variant=variant, preset=later[0], learning_rate=c * size**e, parameters=size, foretold=dict(constant=c, exponent=e)))
+    return rows, choices
+
+
+def rates_markdown(rows, choices):
+    chosen = {(choice["preset"], choice["variant"], choice["learning_rate"]) for choice in choices}
+    lines = ["| variant | preset | rate | validation loss | extrapolated | spikes | diverged | |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        word = "**chosen**" if (row["preset"], row["variant"], row["learning_rate"]) in chosen else "" if row["stable"] else "unstable"
+        loss = number(statistics.mean(row["losses"]) if row["losses"] else None, ".4f")
+        lines.append(f"| {row['variant']} | {row['preset'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f', row['extrapolated_std'])} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
+    lines += [""]
+    for choice in choices:
+        who = ", ".join(filter(None, (choice["variant"], choice["preset"])))
+        rate = f"{choice['learning_rate']:g}" if choice["learning_rate"] else "no stable rate: try smaller ones"
+        if law := choice.get("foretold"):
+            rate += f", foretold by {law['constant']:.3g} * parameters^{law['exponent']:.3f}"
+        lines.append(f"- {who}: {rate}")
+    return "\n".join(lines)
+
+
+def read_rates(path):
+    """{(preset, variant): rate} from a rates.json. Raises ValueError for a file that is none."""
+    try:
+        return {(choice["preset"], choice["variant"]): choice["learning_rate"] for choice in json.loads(path.read_text())["choices"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file that --choose_rates wrote ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: what is drawn is what the .json beside the picture holds
+
+
+def save_picture(path, data, draw):
+    """Write path.json and, where matplotlib is installed, path.png: draw(pyplot, data) returns a figure."""
+    path.with_name(path.name + ".json").write_text(json.dumps(data) + "\n")
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}.png: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = draw(plt, data)
+    figure.savefig(path.with_name(path.name + ".png"), dpi=120)
+    plt.close(figure)
+
+
+def color(variant):
+    return f"C{[*VARIANTS].index(variant)}"
+
+
+def curves(root, table, seeds):
+    """{preset: {variant: {tokens, losses}}}: validation losses (seeds, evaluations); of several rates, the one that ended lowest."""
+    data = {}
+    for row in sorted((row for row in table.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
+        setting = Setting(row["variant"], row["learning_rate"], row["preset"])
+        runs = {seed: read_lines(root / f"{setting.name}-seed{seed}") for seed in range(seeds) if seed in row["losses"]}
+        runs = {seed: [line for line in lines if "val_loss" in line] for seed, lines in runs.items()}
+        data.setdefault(row["preset"] or "", {})[row["variant"]] = dict(
+            learning_rate=row["learning_rate"], tokens=[line["tokens"] for line in next(iter(runs.values()))],
+            losses={seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()},
+        )  # fmt: skip
+    return {preset: {name: lines[name] for name in VARIANTS if name in lines} for preset, lines in data.items()}
+
+
+def draw_curves(plt, data):
+    """Left the losses; right, where MHA is there, the differences to it, paired by seed, with their range."""
+    both = any("mha" in lines and len(lines) > 1 for lines in data.values())
+    figure, axes = plt.subplots(len(data), 1 + both, figsize=(6 + 5 * both, 4 * len(data)), layout="constrained", squeeze=False)
+    for (left, *right), (preset, lines) in zip(axes, data.items()):
+        for name, line in lines.items():
+            x = np.array(line["tokens"]) / 1e6
+            label = name + (f", rate {line['learning_rate']:g}" if line["learning_rate"] else "") + f" (n = {len(line['losses'])})"
+            left.plot(x, np.mean([*line["losses"].values()], axis=0), color=color(name), lw=1.5, label=label)
+            mha = lines.get("mha", dict(tokens=[], losses={}))
+            paired = [np.subtract(losses, mha["losses"][seed]) for seed, losses in line["losses"].items() if seed in mha["losses"] and line["tokens"] == mha["tokens"]]
+            if right and paired:
+                mean = np.mean(paired, axis=0)
+                beside = x + 0.05 * (x[-1] / len(x)) * [*VARIANTS].index(name)  # bars side by side
+                reach = (mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean) if len(paired) > 1 and name != "mha" else None
+                right[0].errorbar(beside, mean, reach, color=color(name), lw=1.5, elinewidth=0.8, capsize=2)
+        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{preset} mean over seeds".strip())
+        left.legend(fontsize=9)
+        left.grid(alpha=0.3)
+        if right:
+            right[0].set(xlabel="training tokens (millions)", ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
+            right[0].grid(alpha=0.3)
+    return figure
+
+
+def sensitivity(table):
+    """{preset: {variant: [{learning_rate, losses, unstable}, ..]}} of rows with a rate: `unstable` counts spikes and lost runs."""
+    data = {}
+    for row in table:
+        losses = [*row["losses"].values()] if isinstance(row["losses"], dict) else row["losses"]
+        point = dict(learning_rate=row["learning_rate"], losses=losses, unstable=row["spikes"] + row["diverged"])
+        data.setdefault(row["preset"] or "", {}).setdefault(row["variant"], []).append(point)
+    for lines in data.values():
+        for points in lines.values():
+            points.sort(key=lambda point: point["learning_rate"])
+    return data
+
+
+def draw_sensitivity(plt, data):
+    """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest: beyond is only bad."""
+    figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
+    for ax, (preset, lines) in zip(axes[0], data.items()):
+        for name, points in lines.items():
+            points = [point for point in points if point["losses"]]
+            x = [point["learning_rate"] for point in points]
+            ax.plot(x, [statistics.mean(point["losses"]) for point in points], color=color(name), lw=1.5, label=name)
+            ax.fill_between(x, [min(point["losses"]) for point in points], [max(point["losses"]) for point in points], color=color(name), alpha=0.15, lw=0)
+            for point in points:
+                face = "white" if point["unstable"] else color(name)
+                ax.plot([point["learning_rate"]] * len(point["losses"]), point["losses"], "o", ms=4, color=color(name), mfc=face)
+        lowest = min((loss for points in lines.values() for point in points for loss in point["losses"]), default=0)
+        ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
+        rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
+        ax.set_xscale("log")
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.minorticks_off()
+        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)", title=f"{preset} open dots: loss spikes or a lost run".strip())
+        ax.legend(fontsize=9)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def draw_compositions(plt, data, columns=6):
+    """W - I (where h' = h) of every layer, keys above values, at up to `columns` steps."""
+    which = sorted({round(i) for i in np.linspace(0, len(data["step"]) - 1, columns)})
+    matrices = {name: np.array(data[name])[which] for name in ("compose_k", "compose_v")}  # (columns, layers, Hc, H)
+    square = matrices["compose_k"].shape[-1] == matrices["compose_k"].shape[-2] == matrices["compose_v"].shape[-2]
+    shown = {name: w - np.eye(w.shape[-1]) if square else w for name, w in matrices.items()}
+    layers, limit = shown["compose_k"].shape[1], max(float(np.abs(w).max()) for w in shown.values()) or 1
+    figure, axes = plt.subplots(2 * layers, len(which), figsize=(1.5 * len(which) + 1.6, 3 * layers + 0.6), layout="constrained", squeeze=False)
+    for row, column in np.ndindex(axes.shape):
+        ax, name = axes[row, column], "compose_k" if row % 2 == 0 else "compose_v"
+        image = ax.imshow(shown[name][column, row // 2], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        if row == 0:
+            ax.set_title(f"step {data['step'][which[column]]}", fontsize=10)
+        if column == 0:
+            ax.set_ylabel(f"layer {row // 2}, {'keys' if row % 2 == 0 else 'values'}", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=min(1, 1.5 / layers), label="learned composition" + (" minus identity" if square else ""))
+    figure.suptitle(f"{data['run']}: component heads (rows) to composite heads (columns)", fontsize=11)
+    return figure
+
+
+def draw_runs(root, results, table, seeds):
+    """All pictures that the finished runs allow: <results>-curves, -rates and -<run>-compositions."""
+    rows = [row for row in table.values() if row["n"]]
+    if rows:
+        save_picture(results.with_name(results.name + "-curves"), curves(root, table, seeds), draw_curves)
+    if len({row["learning_rate"] for row in table.values()}) > 1:
+        save_picture(results.with_name(results.name + "-sensitivity"), sensitivity([*table.values()]), draw_sensitivity)
+    for row in rows:
+        folder = root / f"{Setting(row['variant'], row['learning_rate'], row['preset']).name}-seed0"
+        if row["variant"].startswith("mea") and (folder / "compose.npz").exists():
+            with np.load(folder / "compose.npz") as file:
+                data = dict(run=folder.name, **{name: file[name].tolist() for name in file.files})
+            save_picture(results.with_name(f"{results.name}-{folder.name}-compositions"), data, draw_compositions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv):
+    parser = gpt.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--presets", default="", help="shapes of train.py, e.g. tiny,small: every variant in each of them")
+    parser.add_argument("--learning_rates", default="", help="e.g. 1e-3,3e-3: every variant at each of them")
+    parser.add_argument("--choose_rates", action="store_true", help="runs with --schedule constant, and from them a rate for each variant")
+    parser.add_argument("--extrapolate_to", type=float, default=0, help="tokens at which --choose_rates ranks (default: 10 times a run's)")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="--choose_rates takes the largest stable rate whose extrapolated loss is so close to the lowest (default 0.02)")
+    parser.add_argument("--rates_from", default="", help="a rates.json of --choose_rates: every variant at its own rate")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, .. of each (default 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--out_dir", default="out/sweep", help="where the run folders go (default out/sweep)")
-    parser.add_argument("--results", default="experiments/results/losses", help="name of the .json and .md to write")
-    arguments, rest = parser.parse_known_args()
-    variants = arguments.variants.split(",")
-    if unknown := set(variants) - set(VARIANTS):
-        parser.error(f"no variant {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
-    if arguments.seeds < 1 or arguments.jobs < 1:
-        parser.error("seeds and jobs must be at least 1")
-    root, results = (ROOT / path for path in (arguments.out_dir, arguments.results))
-    runs = [(root / f"{name}-seed{seed}", [*VARIANTS[name], "--seed", str(seed), *rest]) for seed in range(arguments.seeds) for name in variants]
-    waiting = [run for run in runs if not finished(run[0])]
-    began, done = time.monotonic(), 0
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for _ in pool.map(lambda run: train(*run), waiting):
-            done += 1
-            left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
-            print(f"{len(runs) - len(waiting) + done}/{len(runs)} runs, ETA {left:.0f} min", flush=True)
-            write(root, results, variants, arguments.seeds)
-    write(root, results, variants, arguments.seeds)
-    print(results.with_suffix(".md").read_text())
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
+    parser.add_argument("--snapshots", action="store_true", help="keep the HLC matrices of every checkpoint, in compose.npz of its run, and draw them")
+    parser.add_argument("--out_dir", default="", help="where the run folders go (default out/sweep, or out/rates for --choose_rates)")
+    parser.add_argument("--results", default="", help="name of the .json and .md to write in experiments/results (default losses, or rates, learning_rates, own_rates)")
+    return parser.parse_known_args(argv)
 
 
-def write(root, results, variants, seeds):
-    table = summary(root, variants, seeds)
-    command = "python experiments/sweep.py " + " ".join(sys.argv[1:])
+def plan(a, rest):
+    """(settings, runs, folder of the runs, results) of a command, all checked before anything is written. Raises ValueError for what cannot be."""
+    variants, presets = a.variants.split(","), a.presets.split(",") if a.presets else [None]
+    for what, names, known in (("variant", variants, VARIANTS), ("preset", presets if a.presets else [], train.PRESETS)):
+        if unknown := sorted(set(names) - set(known)):
+            raise ValueError(f"no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
+    if not 1 <= a.seeds <= 24 or a.jobs < 1:
+        raise ValueError(f"seeds must be from 1 to 24 and jobs at least 1, not {a.seeds} and {a.jobs}")
+    if not a.tolerance >= 0 or not 0 <= a.extrapolate_to < math.inf:
+        raise ValueError(f"tolerance and extrapolate_to must be at least 0, not {a.tolerance} and {a.extrapolate_to}")
+    try:
+        rates = sorted({float(text) for text in a.learning_rates.split(",")}) if a.learning_rates else [None]
+    except ValueError:
+        raise ValueError(f"learning_rates {a.learning_rates!r} are not numbers with commas between them") from None
+    if a.choose_rates and (a.rates_from or len(rates) < 2):
+        raise ValueError("choose_rates needs several --learning_rates to choose from, and no --rates_from")
+    if a.rates_from and a.learning_rates:
+        raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
+    _, given = parse_options(train.Options, rest, train.PRESETS)
+    ours = {"attention", "head_norm", "seed", "resume", "overwrite"} | {"preset" for _ in presets if a.presets}
+    ours |= {"learning_rate"} if a.learning_rates or a.rates_from else set()
+    if clash := sorted(given & (ours | ({"schedule"} if a.choose_rates else set()))):
+        raise ValueError(f"{', '.join(clash)} is what this sweep sets itself: leave it out")
+    if a.rates_from:
+        own = read_rates(ROOT / a.rates_from)
+        missing = [Setting(variant, None, preset).name for preset in presets for variant in variants if not own.get((preset, variant))]
+        if missing:
+            raise ValueError(f"{a.rates_from} has no stable rate for {', '.join(missing)}: leave it out, or choose again from smaller rates")
+        settings = [Setting(variant, own[preset, variant], preset) for preset in presets for variant in variants]
+    else:
+        settings = [Setting(variant, rate, preset) for preset in presets for variant in variants for rate in rates]
+    rest = [*rest, *(["--schedule", "constant"] if a.choose_rates else [])]
+    if a.jobs > 1 and "threads" not in given:
+        rest += ["--threads", str(max(1, os.cpu_count() // a.jobs))]
+    root = ROOT / (a.out_dir or ("out/rates" if a.choose_rates else "out/sweep"))
+    runs = [planned(setting, seed, root, rest) for seed in range(a.seeds) for setting in settings]
+    short = [run for run in runs if a.choose_rates and run.steps - run.warmup_steps < 10]
+    if short:
+        raise ValueError(f"choose_rates fits what comes after the warm-up: {short[0].steps} steps with {short[0].warmup_steps} of warm-up are too few")
+    name = "rates" if a.choose_rates else "own_rates" if a.rates_from else "learning_rates" if a.learning_rates else "losses"
+    return settings, runs, root, ROOT / (a.results or f"experiments/results/{name}")
+
+
+def write(results, command, text, **content):
     results.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()} CPU, Python {platform.python_version()}"
-    results.with_suffix(".json").write_text(json.dumps(dict(command=command, machine=machine, table=table), indent=2) + "\n")
-    results.with_suffix(".md").write_text(f"`{command.strip()}` ({machine})\n\n{markdown(table)}\n")
+    results.with_suffix(".json").write_text(json.dumps(dict(command=command, machine=machine, **content), indent=2) + "\n")
+    results.with_suffix(".md").write_text(f"`{command}` ({machine})\n\n{text}\n")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    a, rest = parse(argv)
+    try:
+        settings, runs, root, results = plan(a, rest)
+    except ValueError as error:
+        gpt.fail(error)
+    command = " ".join(["python experiments/sweep.py", *argv])
+
+    def tabulate():
+        table = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
+        if a.choose_rates:
+            rows, choices = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
+            write(results, command, rates_markdown(rows, choices), tolerance=a.tolerance, choices=choices, rows=rows)
+        else:
+            write(results, command, markdown(table), table=table)
+        return table
+
+    try:
+        run_all(runs, a.jobs, tabulate, a.snapshots)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on", file=sys.stderr)
+        raise SystemExit(130)
+    draw_runs(root, results, tabulate(), a.seeds)
+    print(results.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""The sweep: what it concludes from made-up runs, what it resumes, and two real runs of seconds each."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import sweep
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.35, 0.9])
+@pytest.mark.parametrize("L_0", [0.0, 1.7])
+def test_the_fit_recovers_the_constants_of_a_noisy_curve_with_spikes(alpha, L_0):
+    tokens = np.arange(1, 301) * 2048.0
+    D_c = tokens[-1] * 0.4 ** (1 / alpha)
+    true = lambda D: (D_c / D) ** alpha + L_0
+    exact = sweep.fit_power_law(tokens, true(tokens))
+    assert exact["alpha"] == pytest.approx(alpha, rel=0.02) and exact["L_0"] == pytest.approx(L_0, abs=0.02)
+    assert exact["D_c"] == pytest.approx(D_c, rel=0.1)
+    losses = true(tokens) + 0.005 * np.random.default_rng(0).standard_normal(len(tokens))
+    losses[[60, 200, 201]] += 4
+    noisy = sweep.fit_power_law(tokens, losses)
+    assert noisy["alpha"] == pytest.approx(alpha, rel=0.25, abs=0.02) and noisy["L_0"] == pytest.approx(L_0, abs=0.15)
+    assert sweep.power_law(noisy, 10 * tokens[-1]) == pytest.approx(true(10 * tokens[-1]), abs=0.03)
+
+
+def test_a_curve_of_three_points_is_not_fitted():
+    with pytest.raises(ValueError, match="3 points"):
+        sweep.fit_power_law([1, 2, 3], [3, 2, 1])
+
+
+def test_the_smoothed_curve_leaves_the_warm_up_out():
+    lines = [dict(step=step, tokens=10 * step, train_loss=100.0 if step <= 7 else step) for step in range(1, 48)]
+    tokens, losses = sweep.smoothed_curve(lines, 7, points=10)
+    assert len(tokens) == 10 and tokens[0] == 95 and losses[0] == 9.5 and np.allclose(tokens, 10 * losses)
+
+
+@pytest.mark.parametrize(("differences", "p"), [
+    ([0.3], 1), ([1, 2, 3], 2 / 8), ([-1, -2, -3], 2 / 8), ([1, -1], 1), ([3, -1], 1), ([1, 1, 1, 1, -1], 12 / 32), ([0.1] * 6, 2 / 64), ([0, 0, 0], 1),
+])  # fmt: skip
+def test_the_p_value_counts_signs_by_hand(differences, p):
+    assert sweep.sign_flip_p(differences) == p
+
+
+def fake_run(folder, losses, steps=None, spikes=0, parameters=None, **options):
+    """A run folder as train.py would have left it after len(losses) of `steps` steps, evaluated at the last one."""
+    folder.mkdir(parents=True)
+    model = dict(vocab_size=64, n_layer=1, n_head=2, n_embd=parameters or 8, attention="mha")
+    options = dict(max_steps=steps or len(losses), warmup_steps=5, save_every=10, **options)
+    (folder / "config.json").write_text(json.dumps(dict(options=options, model=model)))
+    lines = [dict(step=i + 1, tokens=100 * (i + 1), train_loss=float(loss), loss_spikes=spikes) for i, loss in enumerate(losses)]
+    if not steps:
+        lines[-1] |= dict(val_loss=float(losses[-1]), val_bpb=float(losses[-1]) / 2)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def curve(floor):
+    return floor + (np.arange(1, 101) / 100) ** -0.5
+
+
+def test_the_largest_stable_rate_near_the_lowest_loss_is_chosen(tmp_path):
+    settings = [sweep.Setting("mea", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)]
+    for seed in range(2):
+        for setting, floor, spikes in zip(settings, (2.5, 2.0, 2.01, 1.5, 1.0), (0, 0, 0, seed, 0)):
+            fake_run(tmp_path / f"{setting.name}-seed{seed}", curve(floor), spikes=spikes)
+    (tmp_path / "mea-lr0.1-seed1" / "metrics.jsonl").unlink()  # the largest rate lost one run
+    (tmp_path / "mea-lr0.1-seed1.log").write_text("loss nan at step 30: stopped before the update; no checkpoint was saved yet")
+    choose = lambda tolerance: sweep.choose_rates(tmp_path, settings, 2, None, tolerance)
+    rows, choices = choose(0.02)
+    assert [row["stable"] for row in rows] == [True, True, True, False, False] and rows[4]["diverged"] == 1
+    assert rows[1]["extrapolated"] == pytest.approx(2 + 10**-0.5, abs=0.02)  # at ten times the tokens
+    assert [choice["learning_rate"] for choice in choices] == [1e-2]
+    assert choose(0)[1][0]["learning_rate"] == 3e-3 and choose(np.inf)[1][0]["learning_rate"] == 1e-2
+    text = sweep.rates_markdown(rows, choices)
+    assert text.count("unstable") == 2 and text.count("chosen") == 1 and "- mea: 0.01" in text
+    (tmp_path / "mea-lr0.001-seed0" / "metrics.jsonl").unlink()
+    assert [row["learning_rate"] for row in choose(0.02)[0]] == [3e-3, 1e-2, 3e-2, 1e-1]  # a rate waits for all its seeds
+    assert sweep.choose_rate([row for row in rows if not row["stable"]], 0.02) is None
+
+
+def test_the_rate_of_the_next_size_lies_on_the_line_of_the_smaller_ones(tmp_path):
+    constant, exponent = sweep.fit_rate_against_size([1e6, 4e6, 16e6], [8e-3, 4e-3, 2e-3])
+    assert exponent == pytest.approx(-0.5) and constant == pytest.approx(8)
+    with pytest.raises(ValueError, match="two sizes"):
+        sweep.fit_rate_against_size([1e6, 1e6], [1e-3, 2e-3])
+    settings = [sweep.Setting("mha", rate, preset) for preset in ("tiny", "small") for rate in (1e-3, 4e-3)]
+    for setting in settings:
+        good = setting.rate == (4e-3 if setting.preset == "tiny" else 1e-3)
+        fake_run(tmp_path / f"{setting.name}-seed0", curve(2 if good else 2.5), parameters=8 if setting.preset == "tiny" else 32)
+    tiny, small, base = sweep.choose_rates(tmp_path, settings, 1, None, 0.02)[1]
+    assert (tiny["learning_rate"], small["learning_rate"], base["preset"]) == (4e-3, 1e-3, "base")
+    slope = np.log(4) / np.log(tiny["parameters"] / small["parameters"])
+    assert base["learning_rate"] == pytest.approx(1e-3 * (base["parameters"] / small["parameters"]) ** slope)
+
+
+def test_the_table_pairs_seeds_and_says_what_p_could_be(tmp_path):
+    settings = [sweep.Setting("mha"), sweep.Setting("mea")]
+    for seed, (mha, mea) in enumerate([(3.0, 2.9), (3.2, 3.0), (3.1, 2.8)]):
+        fake_run(tmp_path / f"mha-seed{seed}", [9, mha])
+        fake_run(tmp_path / f"mea-seed{seed}", [9, mea])
+    table = sweep.summary(tmp_path, settings, 4)
+    row = table["mea"]
+    assert row["n"] == 3 and row["mean"] == pytest.approx(2.9) and row["std"] == pytest.approx(0.1)
+    assert row["minus_mha"] == pytest.approx(-0.2) and row["minus_mha_std"] == pytest.approx(0.1) and row["p"] == 0.25
+    assert "-0.2000 ± 0.1000 | 0.25 |" in sweep.markdown(table) and "below 0.25 with 3 seeds" in sweep.markdown(table)
+
+
+def test_finished_runs_are_kept_killed_ones_go_on_and_the_time_left_is_theirs(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path / "done", range(20, 0, -1))
+    fake_run(tmp_path / "killed", range(25, 0, -1), steps=40)
+    (tmp_path / "killed" / "checkpoint.pt").touch()
+    fake_run(tmp_path / "early", range(9, 0, -1), steps=40)  # killed before its first checkpoint
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost.log").write_text("loss inf: stopped before the update; x")
+    runs = {name: sweep.Run(tmp_path / name, ["--seed", "0"], 20 if name == "done" else 40, 5, 10, 1.0) for name in ("done", "killed", "early", "lost", "new")}
+    assert [run.steps_left() for run in runs.values()] == [0, 20, 40, 0, 40]
+    commands = []
+
+    def pretend(command, **_):
+        folder = Path(command[command.index("--out_dir") + 1])
+        commands.append((folder.name, "--resume" in command))
+        for path in [*folder.glob("*")]:
+            path.unlink()
+        folder.exists() and folder.rmdir()
+        fake_run(folder, range(40, 0, -1))
+        return type("Result", (), dict(returncode=0))
+
+    monkeypatch.setattr(sweep.subprocess, "run", pretend)
+    sweep.run_all([*runs.values()], 1, lambda: None)
+    assert sorted(commands) == [("early", False), ("killed", True), ("new", False)]
+    assert capsys.readouterr().out.splitlines()[-1] == "5/5 runs, ETA 0 min"
+    assert sweep.progress(10, 4, seconds=120, work=100, work_left=60) == "6/10 runs, ETA 3 min"
+    assert sweep.progress(10, 4, seconds=120, work=100, work_left=100) == "6/10 runs, ETA unknown yet"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--variants", "mha,moa"], "no variant moa"),
+    (["--presets", "tiny,huge"], "no preset huge"),
+    (["--learning_rates", "1e-3,x"], "'1e-3,x' are not numbers"),
+    (["--learning_rates", "1e-3,-1"], "learning_rate must be above 0, not -1.0"),
+    (["--choose_rates"], "several --learning_rates"),
+    (["--choose_rates", "--learning_rates", "1e-3,3e-3", "--schedule", "wsd"], "schedule is what this sweep sets itself"),
+    (["--choose_rates", "--learning_rates", "1e-3,3e-3", "--max_steps", "55"], "55 steps with 50 of warm-up are too few"),
+    (["--rates_from", "no/such.json"], "no/such.json is not a file that --choose_rates wrote"),
+    (["--n_head", "5"], "n_embd 128 is not divisible by n_head 5"),
+    (["--seeds", "25"], "seeds must be from 1 to 24"),
+    (["--max_step", "5"], "--max_step"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_before_any_run(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "run_all", lambda *_: pytest.fail("started"))
+    with pytest.raises(SystemExit) as end:
+        sweep.main(["--out_dir", str(tmp_path / "o"), "--results", str(tmp_path / "r"), *options])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+
+def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data, capsys):
+    options = ["--variants", "mha,mea", "--seeds", "1", "--preset", "tiny", "--max_steps", "4", "--warmup_steps", "1", "--save_every", "2", "--eval_every", "2",
+               "--threads", "1", "--device", "cpu", "--data_dir", data, "--snapshots", "--out_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results" / "losses")]  # fmt: skip
+    sweep.main(options)
+    result = json.loads((tmp_path / "results" / "losses.json").read_text())
+    assert [*result["table"]] == ["mha", "mea"] and result["table"]["mea"]["n"] == 1 and "2/2 runs" in capsys.readouterr().out
+    written = {folder: (tmp_path / "runs" / folder / "metrics.jsonl").stat().st_mtime_ns for folder in ("mha-seed0", "mea-seed0")}
+    began = time.monotonic()
+    sweep.main(options)
+    assert time.monotonic() - began < 30 and written == {f: (tmp_path / "runs" / f / "metrics.jsonl").stat().st_mtime_ns for f in written}
+    with np.load(tmp_path / "runs" / "mea-seed0" / "compose.npz") as file:
+        assert file["step"][-1] == 4 and file["compose_k"].shape[1:] == (2, 4, 4)
+        assert 0 < np.abs(file["compose_v"][-1] - np.eye(4)).max() < 0.1  # from the identity on
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"losses-curves.json", "losses-mea-seed0-compositions.json"} <= names
+    pictures = {name for name in names if name.endswith(".png")}
+    assert not pictures or pictures == {"losses-curves.png", "losses-mea-seed0-compositions.png"}  # where matplotlib is installed
+    with pytest.raises(SystemExit) as end:  # another run under the same name is not taken for this one
+        sweep.main([*options, "--batch_size", "3"])
+    assert end.value.code == 2 and "holds a run with batch_size 8, not 3" in capsys.readouterr().err
+
+
+def test_a_snapshot_is_taken_once_for_each_checkpoint(tmp_path, monkeypatch):
+    fake_run(tmp_path / "r", [1.0], attention="mea")
+    checkpoint = tmp_path / "r" / "checkpoint.pt"
+    monkeypatch.setattr(sweep, "compositions", lambda files: {"step": np.array([int(files[0].read_text())]), "compose_k": np.full((1, 1, 2, 2), 7.0)})
+    for i, step in enumerate([10, 20, 20, 30, 20]):  # the last: the run was resumed from an older one
+        checkpoint.write_text(str(step))
+        os.utime(checkpoint, ns=(i, i))
+        sweep.snapshot(tmp_path / "r")
+    with np.load(tmp_path / "r" / "compose.npz") as file:
+        assert file["step"].tolist() == [10, 20] and file["compose_k"].shape == (2, 1, 2, 2)
