@@ -100,6 +100,10 @@ def test_the_likeliest_continuation_is_greedy_and_one_changed_token_is_not(model
     for i in range(5):
         other = [*tokens[:i], (tokens[i] + 1) % 257, *tokens[i + 1 :]]
         assert score(model, [([97, 98, *other[:-1]], other)], 1)[0][1] is False
+    ids = list(range(BLOCK))
+    ids += model.generate([ids], 1, temperature=0)[0]
+    assert score(model, [(ids[:-1], ids[-1:])], 1)[0][1] is True  # the second window alone
+    assert Scorer(model, ByteTokenizer())._sums([([256], ids)])[0][1] is False  # and both
 
 
 def test_weights_that_are_not_finite_are_refused():
