@@ -226,8 +226,9 @@ def average(table):
 
 def markdown(results):
     """Table 1's layout: a row per checkpoint, accuracy in %. A task without accuracy shows its first metric, as it is."""
-    tasks = list(next(iter(results.values())))
-    metric = {task: "acc" if all("acc" in table[task] for table in results.values()) else next(iter(results[next(iter(results))][task]), None) for task in tasks}
+    first = next(iter(results.values()))
+    tasks = list(first)
+    metric = {task: "acc" if all("acc" in table[task] for table in results.values()) else next(iter(first[task]), None) for task in tasks}
     shown = lambda pair, scale=1: "" if pair is None else f"{scale * pair[0]:.2f}" + ("" if pair[1] is None else f" ± {scale * pair[1]:.2f}")
     heads = [NAMES.get(task, task) + ("" if metric[task] == "acc" else f" ({metric[task]})") for task in tasks]
     lines = [f"| | {' | '.join(heads)} | average |", "|---" * (len(tasks) + 2) + "|"]
