@@ -44,6 +44,17 @@ def read_prompt(o):
     return raw.decode("utf-8", errors="replace")
 
 
+def open_model(path, device):
+    """(model in eval mode, tokenizer, ids that begin every text, ids that end one) of a checkpoint. Raises ValueError or OSError."""
+    model, state = load_checkpoint(path, device)
+    tokenizer = load_tokenizer(find_checkpoint(path).parent)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer beside {path} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}")
+    start = () if "data" in state else tokenizer.start_of_text  # train.py knows no start of text
+    stop = {tokenizer.end_of_text, *range(tokenizer.vocab_size, model.config.vocab_size)}  # published models have rows that spell nothing
+    return model, tokenizer, start, stop
+
+
 class TextStream:
     """The text that each new token adds. A token may end inside a character, and SentencePiece spells a space by what stands before."""
 
@@ -73,17 +84,12 @@ def main(argv=None):
         check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
         prompt = read_prompt(o)
         device = choose_device(o.device)
-        model, state = load_checkpoint(o.checkpoint, device)
-        tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"the tokenizer beside {o.checkpoint} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}")
+        model, tokenizer, start, stop = open_model(o.checkpoint, device)
     except (ValueError, OSError) as error:
         fail(error)
     if o.threads:
         torch.set_num_threads(o.threads)
-    start = () if "data" in state else tokenizer.start_of_text  # train.py knows no start of text
     tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
-    stop = {tokenizer.end_of_text, *range(tokenizer.vocab_size, model.config.vocab_size)}  # published models have rows that spell nothing
 
     count, began = 0, time.monotonic()
     for sample in range(o.num_samples):
