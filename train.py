@@ -421,7 +421,7 @@ def open_run(o, given, held):
 
     shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
     config = GPTConfig(vocab_size=256, **shape)  # the vocabulary comes with the data: check all the rest first
-    if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists():
+    if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists() and not o.resume:  # a run that goes on has its data
         print(f"preparing the default data set in {o.data_dir}")
         prepare.prepare(source="python", out_dir=o.data_dir)
     dataset = open_dataset(o.data_dir)
