@@ -30,7 +30,7 @@ from attention import MEA, HeadNorm, apply_rope, causal_attention, compose_heads
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
 from model import FORMAT, KVCache, fail, find_checkpoint, load_checkpoint, new_folder, option, parse_options, save_checkpoint, token_loss
-from train import autocast, check_data, choose_device, choose_dtype, evaluate, same_tokenizer, write_atomically
+from train import autocast, check_data, choose_device, choose_dtype, evaluate, same_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximation
@@ -496,8 +496,8 @@ class Options:
     threads: int = option(0, "CPU threads (0: as many as cores)")
 
 
-def open_job(o):
-    """Check everything before any work: (model, state, dataset, tokenizer). Raises ValueError or OSError."""
+def open_job(o, given):
+    """Check everything before any work: (model, state, dataset). Raises ValueError or OSError."""
     for name in ("probe_windows", "eval_windows", "batch_size", "rows"):
         if getattr(o, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
@@ -506,8 +506,10 @@ def open_job(o):
             raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
     if not 0 < o.heal_learning_rate < math.inf:
         raise ValueError(f"heal_learning_rate must be above 0, not {o.heal_learning_rate}")
-    if (o.distill or o.continue_original) and not o.heal_steps:
-        raise ValueError("distill and continue_original say how to heal: give --heal_steps too")
+    if (how := given & {"distill", "continue_original", "heal_params", "heal_learning_rate"}) and not o.heal_steps:
+        raise ValueError(f"{', '.join(sorted(how))} says how to heal: give --heal_steps too")
+    if "probe_windows" in given and o.budget != "probe":
+        raise ValueError("probe_windows are for --budget probe: give both or neither")
     out = Path(o.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not o.overwrite or not (out / "report.json").is_file():
@@ -551,7 +553,7 @@ def curve_of(o):
 @torch.inference_mode()
 def decoding(models, rows, context, rounds=7, tokens=8):
     """Tokens per second of each model, decoding against a cache of about `context` positions: medians of rounds taken in turns."""
-    seconds = [[] for _ in models]
+    seconds, tokens = [[] for _ in models], min(tokens, context)
     caches = [KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device) for model in models]
     for turn in range(rounds + 1):  # the first one warms up
         for model, cache, times in zip(models, caches, seconds):
@@ -679,16 +681,18 @@ def print_report(report):
 
 
 def main(argv=None):
-    o, _ = parse_options(Options, argv)
+    o, given = parse_options(Options, argv)
     try:
         o.out_dir = o.out_dir or f"{str(o.checkpoint).rstrip('/')}-{'hf' if o.export else f'kv{o.kv_ratio:g}'}"
         if o.export:
+            if ignored := given - {"export", "checkpoint", "out_dir"}:
+                raise ValueError(f"export only writes the checkpoint as it is, into a new folder: leave out {', '.join(sorted(ignored))}")
             model, _ = load_checkpoint(o.checkpoint)
             tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
             model.to_pretrained(o.out_dir, tokenizer if hasattr(tokenizer, "content") else None)
             print(f"wrote {o.out_dir}, which transformers.AutoModelForCausalLM.from_pretrained reads")
             return
-        model, state, dataset = open_job(o)
+        model, state, dataset = open_job(o, given)
         if o.threads:
             torch.set_num_threads(o.threads)
         torch.manual_seed(o.seed)
@@ -697,8 +701,8 @@ def main(argv=None):
             data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"])
             save_checkpoint(folder, dict(model=model.state_dict(), config=asdict(model.config), data=data, options=dict(data_dir=str(dataset.folder))))
             dataset.tokenizer.save(folder)
-            write_atomically(folder / "config.json", json.dumps(dict(format=FORMAT, model=asdict(model.config)), indent=2) + "\n")
-            write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+            for name, content in (("config.json", dict(format=FORMAT, model=asdict(model.config))), ("report.json", report)):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
             draw_report(report, folder / "report.png")
     except (ValueError, OSError) as error:
         fail(error)
