@@ -614,7 +614,8 @@ def run(o, model, state, dataset):
     dtype = choose_dtype("auto", device)
     windows = validation_windows(dataset.val, o.block_size, o.eval_windows)
     sampler = WindowSampler(dataset.train, o.block_size, o.seed)
-    tokens = torch.from_numpy(sampler.batch(0, o.calibration_windows)[0]).to(device) if o.calibration_windows and o.method != "svd" else None
+    seen = sampler.batch(0, o.calibration_windows + o.probe_windows)  # the first ones calibrate, the rest are a probe's
+    tokens = torch.from_numpy(seen[0][: o.calibration_windows]).to(device) if o.calibration_windows and o.method != "svd" else None
 
     def measure(model):
         return evaluate(model, windows, o.batch_size, device, dtype)
@@ -628,7 +629,7 @@ def run(o, model, state, dataset):
     report = dict(method=o.method, budget=o.budget, seed=o.seed, options=asdict(o))
     costs = None
     if o.budget == "probe":
-        few = sampler.batch(1, o.probe_windows)  # not the windows that the report is going to measure on
+        few = tuple(part[o.calibration_windows :] for part in seen)  # neither calibrated nor reported on
         said = lambda layer, kind, costs: show(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: " + " ".join(f"{c:+.4f}" for c in costs))
         costs = probe(model, o.method, tokens, few, report=said)
         report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
