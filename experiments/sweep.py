@@ -9,11 +9,14 @@ constant after the warm-up; then full runs at those rates:
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
 
-The same for a laptop: 90 short runs and 18 longer ones of a model so small that 300 steps of MEA take about 40 s of one core.
+The same for a laptop, with a model so small that 300 steps take 20 s of one core (Talking-Heads: 30 s). What these commands gave is
+committed in experiments/results/laptop/, and experiments/LOG.md says what to make of it.
 
-    LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64"
-    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2 --max_steps 300 --extrapolate_to 1.2e6 --jobs 2 $LAPTOP
-    python experiments/sweep.py --rates_from experiments/results/rates.json --max_steps 600 --snapshots --jobs 2 $LAPTOP
+    LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64 --jobs 2"
+    RESULTS=experiments/results/laptop
+    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1.2e-2,2.5e-2,5e-2,1e-1 --max_steps 300 --extrapolate_to 614400 \\
+        --results $RESULTS/rates $LAPTOP                                                   # a run sees 614,400 tokens: nothing is extrapolated
+    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --seeds 6 --snapshots --results $RESULTS/own_rates $LAPTOP
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
@@ -52,8 +55,11 @@ VARIANTS = {
     "mea-norm": ["--attention", "mea", "--head_norm", "no"],
     "mea": ["--attention", "mea"],
     "dfa": ["--attention", "dfa"],
+    "dfa-norm": ["--attention", "dfa", "--head_norm", "no"],
     "tha": ["--attention", "tha"],
+    "tha+norm": ["--attention", "tha", "--head_norm", "yes"],
 }
+DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -61,20 +67,33 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs of one row share, all but the seed. None leaves it to train.py."""
+    """What the runs of one row share, all but the seed. None leaves it to train.py.
+
+    variant: one of VARIANTS, or one with `@n`: with n key/value heads cached. size: a preset, or a width: that many channels, in heads of 16.
+    """
 
     variant: str
     rate: float | None = None
-    preset: str | None = None
+    size: str | None = None
 
     @property
     def name(self):
-        return "-".join([self.variant, *([self.preset] if self.preset else []), *([f"lr{self.rate:g}"] if self.rate else [])])
+        return "-".join([self.variant, *([self.size] if self.size else []), *([f"lr{self.rate:g}"] if self.rate else [])])
 
     def options(self, seed):
-        preset = ["--preset", self.preset] if self.preset else []
+        variant, _, cached = self.variant.partition("@")
+        cached = ["--n_kv_head", cached] if cached else []
         rate = ["--learning_rate", f"{self.rate:g}"] if self.rate else []
-        return [*VARIANTS[self.variant], *preset, *rate, "--seed", str(seed)]
+        return [*VARIANTS[variant], *cached, *size_options(self.size), *rate, "--seed", str(seed)]
+
+
+def size_options(size):
+    """What train.py is told about a size. Raises ValueError for what is neither a preset nor a width."""
+    if not size or size in train.PRESETS:
+        return ["--preset", size] if size else []
+    if not size.isdecimal() or int(size) % 16 or not int(size):
+        raise ValueError(f"size {size!r} is neither a preset ({', '.join(train.PRESETS)}) nor a width, a multiple of 16")
+    return ["--n_embd", size, "--n_head", str(int(size) // 16)]
 
 
 @dataclass(frozen=True)
@@ -234,7 +253,7 @@ def sign_flip_p(differences):
 def summary(root, settings, seeds, own_rates=False):
     """{name: {mean, std, n, minus_mha, p, ...}} of the finished runs; differences are paired by seed.
 
-    MHA is the one of the same preset and, unless each variant has its own, the same rate.
+    MHA is the one of the same size and, unless each variant has its own, the same rate.
     """
     folders = {setting: [root / f"{setting.name}-seed{seed}" for seed in range(seeds)] for setting in settings}
     lines = {setting: {seed: line for seed, folder in enumerate(folders[setting]) if (line := finished(folder))} for setting in settings}
@@ -243,13 +262,13 @@ def summary(root, settings, seeds, own_rates=False):
         lost = sum(seed not in runs and diverged(folder) for seed, folder in enumerate(folders[setting]))
         if not runs and not lost:
             continue
-        same = [other for other in settings if (other.variant, other.preset) == ("mha", setting.preset) and (own_rates or other.rate == setting.rate)]
+        same = [other for other in settings if (other.variant, other.size) == ("mha", setting.size) and (own_rates or other.rate == setting.rate)]
         mha = lines[same[0]] if same else {}
         values = [line["val_loss"] for line in runs.values()]
         paired = [line["val_loss"] - mha[seed]["val_loss"] for seed, line in runs.items() if seed in mha]
-        name = setting.variant if own_rates and not setting.preset else setting.name
+        name = setting.variant if own_rates and not setting.size else setting.name
         table[name] = dict(
-            variant=setting.variant, preset=setting.preset, learning_rate=setting.rate, n=len(values), diverged=lost,
+            variant=setting.variant, size=setting.size, learning_rate=setting.rate, n=len(values), diverged=lost,
             mean=statistics.mean(values) if values else None, std=statistics.stdev(values) if len(values) > 1 else None,
             bpb=statistics.mean(line["val_bpb"] for line in runs.values()) if runs else None,
             spikes=sum(line["loss_spikes"] for line in runs.values()), minus_mha=statistics.mean(paired) if paired else None,
@@ -350,7 +369,7 @@ def rate_rows(root, settings, seeds, tokens=None):
         ahead = [power_law(fit, at) for fit in fits]
         config = json.loads((folders[0] / "config.json").read_text())["model"]
         rows.append(dict(
-            variant=setting.variant, preset=setting.preset, learning_rate=setting.rate, n=len(ends), diverged=lost, parameters=count_parameters(config),
+            variant=setting.variant, size=setting.size, learning_rate=setting.rate, n=len(ends), diverged=lost, parameters=count_parameters(config),
             spikes=sum(end["loss_spikes"] for end in ends), stable=not lost and not any(end["loss_spikes"] for end in ends),
             losses=[end["val_loss"] for end in ends], fits=fits, tokens=at,
             extrapolated=statistics.mean(ahead) if ahead else None, extrapolated_std=statistics.stdev(ahead) if len(ahead) > 1 else None,
@@ -368,6 +387,23 @@ def choose_rate(rows, tolerance):
     return max((row for row in stable if row["extrapolated"] <= lowest + tolerance), key=lambda row: row["learning_rate"], default=None)
 
 
+def best_rate(rows):
+    """Where a parabola through the lowest extrapolated loss and its two neighbours, over the logarithm of the rate, is lowest.
+
+    Rates are tried in steps; this is what lies between them. At an end of the stable rates the rate there: the best one may lie
+    beyond. None if none is stable.
+    """
+    rows = sorted((row for row in rows if row["stable"]), key=lambda row: row["learning_rate"])
+    if not rows:
+        return None
+    lowest = min(range(len(rows)), key=lambda i: rows[i]["extrapolated"])
+    if not 0 < lowest < len(rows) - 1:
+        return rows[lowest]["learning_rate"]
+    near = rows[lowest - 1 : lowest + 2]
+    curvature, slope, _ = np.polyfit(np.log([row["learning_rate"] / rows[lowest]["learning_rate"] for row in near]), [row["extrapolated"] for row in near], 2)
+    return rows[lowest]["learning_rate"] * math.exp(-slope / (2 * curvature))
+
+
 def fit_rate_against_size(parameters, rates):
     """(c, e) of rate = c * parameters^e: a line through the logarithms. Raises ValueError unless there are two sizes."""
     if len(set(parameters)) < 2:
@@ -376,54 +412,63 @@ def fit_rate_against_size(parameters, rates):
     return float(np.exp(constant)), float(exponent)
 
 
-def count_parameters(config, preset=None):
-    """Parameters of the model in a run's config.json, or of its like in the shape of another preset."""
-    if preset:
-        config = {**config, "head_dim": None, "intermediate_size": None, "n_kv_head": None, "embedding_multiplier": None, **gpt.PRESETS[preset]}
+def count_parameters(config):
+    """Parameters of the model in a run's config.json."""
     with torch.device("meta"):
         return GPT(GPTConfig(**config)).n_params()
 
 
 def choose_rates(root, settings, seeds, tokens, tolerance):
-    """(rows, choices): a choice for each preset and variant, and, from two sizes on, one foretold for the next preset."""
-    rows, choices = rate_rows(root, settings, seeds, tokens), []
-    for preset, variant in dict.fromkeys((row["preset"], row["variant"]) for row in rows):
-        chosen = choose_rate([row for row in rows if (row["preset"], row["variant"]) == (preset, variant)], tolerance)
-        rate, size = (chosen["learning_rate"], chosen["parameters"]) if chosen else (None, None)
-        choices.append(dict(variant=variant, preset=preset, learning_rate=rate, parameters=size))
+    """(rows, choices, laws): a choice for each size and variant; a law of the best rate for each variant that ran in two sizes or more.
+
+    From three sizes on a law is put to a test: fitted without the largest model, it foretells that one's best rate.
+    """
+    rows, choices, laws = rate_rows(root, settings, seeds, tokens), [], []
+    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
+        mine = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
+        chosen = choose_rate(mine, tolerance)
+        choices.append(dict(
+            variant=variant, size=size, learning_rate=chosen and chosen["learning_rate"], best=best_rate(mine), parameters=mine[0]["parameters"],
+        ))  # fmt: skip
     for variant in dict.fromkeys(choice["variant"] for choice in choices):
-        known = [choice for choice in choices if choice["variant"] == variant and choice["preset"] and choice["learning_rate"]]
-        later = [*train.PRESETS][max((list(train.PRESETS).index(choice["preset"]) for choice in known), default=-2) + 1 :]
-        if len({choice["parameters"] for choice in known}) > 1 and later:
-            c, e = fit_rate_against_size([choice["parameters"] for choice in known], [choice["learning_rate"] for choice in known])
-            setting = next(setting for setting in settings if (setting.variant, setting.preset) == (variant, known[0]["preset"]))
-            config = json.loads((root / f"{setting.name}-seed0" / "config.json").read_text())["model"]
-            size = count_parameters(config, later[0])
-            choices.append(dict(variant=variant, preset=later[0], learning_rate=c * size**e, parameters=size, foretold=dict(constant=c, exponent=e)))
-    return rows, choices
+        known = sorted((choice for choice in choices if choice["variant"] == variant and choice["best"]), key=lambda choice: choice["parameters"])
+        if len({choice["parameters"] for choice in known}) < 2:
+            continue
+        parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
+        constant, exponent = fit_rate_against_size(parameters, rates)
+        law = dict(variant=variant, constant=constant, exponent=exponent, sizes=[choice["size"] for choice in known])
+        if len(set(parameters[:-1])) > 1:
+            c, e = fit_rate_against_size(parameters[:-1], rates[:-1])
+            law["test"] = dict(constant=c, exponent=e, foretold=c * parameters[-1] ** e, found=rates[-1])
+        laws.append(law)
+    return rows, choices, laws
 
 
-def rates_markdown(rows, choices):
-    chosen = {(choice["preset"], choice["variant"], choice["learning_rate"]) for choice in choices}
-    lines = ["| variant | preset | rate | validation loss | extrapolated | spikes | diverged | |", "|---|---|---|---|---|---|---|---|"]
+def rates_markdown(rows, choices, laws):
+    chosen = {(choice["size"], choice["variant"], choice["learning_rate"]) for choice in choices}
+    lines = ["| variant | size | rate | validation loss | extrapolated | spikes | diverged | |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        word = "**chosen**" if (row["preset"], row["variant"], row["learning_rate"]) in chosen else "" if row["stable"] else "unstable"
+        word = "**chosen**" if (row["size"], row["variant"], row["learning_rate"]) in chosen else "" if row["stable"] else "unstable"
         loss = number(statistics.mean(row["losses"]) if row["losses"] else None, ".4f")
-        lines.append(f"| {row['variant']} | {row['preset'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f', row['extrapolated_std'])} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
-    lines += [""]
+        lines.append(f"| {row['variant']} | {row['size'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f', row['extrapolated_std'])} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
+    lines += ["", "| variant | size | parameters | chosen: largest stable rate near the lowest loss | lowest extrapolated loss, between rates |", "|---|---|---|---|---|"]
     for choice in choices:
-        who = ", ".join(filter(None, (choice["variant"], choice["preset"])))
-        rate = f"{choice['learning_rate']:g}" if choice["learning_rate"] else "no stable rate: try smaller ones"
-        if law := choice.get("foretold"):
-            rate += f", foretold by {law['constant']:.3g} * parameters^{law['exponent']:.3f}"
-        lines.append(f"- {who}: {rate}")
+        rate = number(choice["learning_rate"], "g") or "none is stable: try smaller ones"
+        lines.append(f"| {choice['variant']} | {choice['size'] or ''} | {choice['parameters']:,} | {rate} | {number(choice['best'], '.2g')} |")
+    if laws:
+        lines += ["", "| variant | best rate | without the largest size: | foretells for it | found |", "|---|---|---|---|---|"]
+    power = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}"
+    for law in laws:
+        test = law.get("test")
+        cells = [power(test), f"{test['foretold']:.2g}", f"{test['found']:.2g}"] if test else ["", "", ""]
+        lines.append(f"| {' | '.join([law['variant'], power(law), *cells])} |")
     return "\n".join(lines)
 
 
 def read_rates(path):
-    """{(preset, variant): rate} from a rates.json. Raises ValueError for a file that is none."""
+    """{(size, variant): rate} from a rates.json. Raises ValueError for a file that is none."""
     try:
-        return {(choice["preset"], choice["variant"]): choice["learning_rate"] for choice in json.loads(path.read_text())["choices"]}
+        return {(choice["size"], choice["variant"]): choice["learning_rate"] for choice in json.loads(path.read_text())["choices"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file that --choose_rates wrote ({error})") from error
 
@@ -448,41 +493,53 @@ def save_picture(path, data, draw):
     plt.close(figure)
 
 
-def color(variant):
-    return f"C{[*VARIANTS].index(variant)}"
+def order(variant):
+    """Where a variant stands among the others, and the number of heads it caches, -1 for all of them."""
+    name, _, cached = variant.partition("@")
+    return [*VARIANTS].index(name), -int(cached or 1e9)
+
+
+def line(variant, **more):
+    """How a variant is drawn: a colour for each, broken lines for fewer cached heads."""
+    index, cached = order(variant)
+    return dict(color=f"C{index}", ls={-1: ":", -2: "--"}.get(cached, "-" if cached < -1e6 else "-."), **more)
+
+
+def title(size):
+    return f"{'width ' * size.isdecimal()}{size}: " if size else ""
 
 
 def curves(root, table, seeds):
-    """{preset: {variant: {tokens, losses}}}: validation losses (seeds, evaluations); of several rates, the one that ended lowest."""
+    """{size: {variant: {tokens, losses}}}: validation losses (seeds, evaluations); of several rates, the one that ended lowest."""
     data = {}
     for row in sorted((row for row in table.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
-        setting = Setting(row["variant"], row["learning_rate"], row["preset"])
+        setting = Setting(row["variant"], row["learning_rate"], row["size"])
         runs = {seed: read_lines(root / f"{setting.name}-seed{seed}") for seed in range(seeds) if seed in row["losses"]}
         runs = {seed: [line for line in lines if "val_loss" in line] for seed, lines in runs.items()}
-        data.setdefault(row["preset"] or "", {})[row["variant"]] = dict(
+        data.setdefault(row["size"] or "", {})[row["variant"]] = dict(
             learning_rate=row["learning_rate"], tokens=[line["tokens"] for line in next(iter(runs.values()))],
             losses={seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()},
         )  # fmt: skip
-    return {preset: {name: lines[name] for name in VARIANTS if name in lines} for preset, lines in data.items()}
+    return {size: dict(sorted(lines.items(), key=lambda line: order(line[0]))) for size, lines in data.items()}
 
 
 def draw_curves(plt, data):
     """Left the losses; right, where MHA is there, the differences to it, paired by seed, with their range."""
     both = any("mha" in lines and len(lines) > 1 for lines in data.values())
     figure, axes = plt.subplots(len(data), 1 + both, figsize=(6 + 5 * both, 4 * len(data)), layout="constrained", squeeze=False)
-    for (left, *right), (preset, lines) in zip(axes, data.items()):
-        for name, line in lines.items():
-            x = np.array(line["tokens"]) / 1e6
-            label = name + (f", rate {line['learning_rate']:g}" if line["learning_rate"] else "") + f" (n = {len(line['losses'])})"
-            left.plot(x, np.mean([*line["losses"].values()], axis=0), color=color(name), lw=1.5, label=label)
+    for (left, *right), (size, lines) in zip(axes, data.items()):
+        for name, runs in lines.items():
+            x = np.array(runs["tokens"]) / 1e6
+            label = name + (f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else "") + f" (n = {len(runs['losses'])})"
+            left.plot(x, np.mean([*runs["losses"].values()], axis=0), **line(name, lw=1.5, label=label))
             mha = lines.get("mha", dict(tokens=[], losses={}))
-            paired = [np.subtract(losses, mha["losses"][seed]) for seed, losses in line["losses"].items() if seed in mha["losses"] and line["tokens"] == mha["tokens"]]
+            paired = [np.subtract(losses, mha["losses"][seed]) for seed, losses in runs["losses"].items() if seed in mha["losses"] and runs["tokens"] == mha["tokens"]]
             if right and paired:
                 mean = np.mean(paired, axis=0)
-                beside = x + 0.05 * (x[-1] / len(x)) * [*VARIANTS].index(name)  # bars side by side
+                beside = x + 0.05 * (x[-1] / len(x)) * order(name)[0]  # bars side by side
                 reach = (mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean) if len(paired) > 1 and name != "mha" else None
-                right[0].errorbar(beside, mean, reach, color=color(name), lw=1.5, elinewidth=0.8, capsize=2)
-        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{preset} mean over seeds".strip())
+                right[0].errorbar(beside, mean, reach, **line(name, lw=1.5, elinewidth=0.8, capsize=2))
+        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{title(size)}mean over seeds")
         left.legend(fontsize=9)
         left.grid(alpha=0.3)
         if right:
@@ -492,12 +549,12 @@ def draw_curves(plt, data):
 
 
 def sensitivity(table):
-    """{preset: {variant: [{learning_rate, losses, unstable}, ..]}} of rows with a rate: `unstable` counts spikes and lost runs."""
+    """{size: {variant: [{learning_rate, losses, unstable}, ..]}} of rows with a rate: `unstable` counts spikes and lost runs."""
     data = {}
     for row in table:
         losses = [*row["losses"].values()] if isinstance(row["losses"], dict) else row["losses"]
         point = dict(learning_rate=row["learning_rate"], losses=losses, unstable=row["spikes"] + row["diverged"])
-        data.setdefault(row["preset"] or "", {}).setdefault(row["variant"], []).append(point)
+        data.setdefault(row["size"] or "", {}).setdefault(row["variant"], []).append(point)
     for lines in data.values():
         for points in lines.values():
             points.sort(key=lambda point: point["learning_rate"])
@@ -507,22 +564,23 @@ def sensitivity(table):
 def draw_sensitivity(plt, data):
     """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest: beyond is only bad."""
     figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
-    for ax, (preset, lines) in zip(axes[0], data.items()):
+    for ax, (size, lines) in zip(axes[0], data.items()):
         for name, points in lines.items():
             points = [point for point in points if point["losses"]]
             x = [point["learning_rate"] for point in points]
-            ax.plot(x, [statistics.mean(point["losses"]) for point in points], color=color(name), lw=1.5, label=name)
-            ax.fill_between(x, [min(point["losses"]) for point in points], [max(point["losses"]) for point in points], color=color(name), alpha=0.15, lw=0)
+            ax.plot(x, [statistics.mean(point["losses"]) for point in points], **line(name, lw=1.5, label=name))
+            color = line(name)["color"]
+            ax.fill_between(x, [min(point["losses"]) for point in points], [max(point["losses"]) for point in points], color=color, alpha=0.15, lw=0)
             for point in points:
-                face = "white" if point["unstable"] else color(name)
-                ax.plot([point["learning_rate"]] * len(point["losses"]), point["losses"], "o", ms=4, color=color(name), mfc=face)
+                face = "white" if point["unstable"] else color
+                ax.plot([point["learning_rate"]] * len(point["losses"]), point["losses"], "o", ms=4, color=color, mfc=face)
         lowest = min((loss for points in lines.values() for point in points for loss in point["losses"]), default=0)
         ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
         rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
         ax.set_xscale("log")
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
         ax.minorticks_off()
-        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)", title=f"{preset} open dots: loss spikes or a lost run".strip())
+        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)", title=f"{title(size)}open dots: loss spikes or a lost run")
         ax.legend(fontsize=9)
         ax.grid(alpha=0.3)
     return figure
@@ -558,7 +616,7 @@ def draw_runs(root, results, table, seeds):
     if len({row["learning_rate"] for row in table.values()}) > 1:
         save_picture(results.with_name(results.name + "-sensitivity"), sensitivity([*table.values()]), draw_sensitivity)
     for row in rows:
-        folder = root / f"{Setting(row['variant'], row['learning_rate'], row['preset']).name}-seed0"
+        folder = root / f"{Setting(row['variant'], row['learning_rate'], row['size']).name}-seed0"
         if row["variant"].startswith("mea") and (folder / "compose.npz").exists():
             with np.load(folder / "compose.npz") as file:
                 data = dict(run=folder.name, **{name: file[name].tolist() for name in file.files})
@@ -571,8 +629,8 @@ def draw_runs(root, results, table, seeds):
 
 def parse(argv):
     parser = gpt.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)} (default: all)")
-    parser.add_argument("--presets", default="", help="shapes of train.py, e.g. tiny,small: every variant in each of them")
+    parser.add_argument("--variants", default=DEFAULT, help=f"of {', '.join(VARIANTS)}; mea@2 caches 2 heads (default: {DEFAULT})")
+    parser.add_argument("--sizes", default="", help="every variant in each of these: presets (tiny,small) or widths in heads of 16 channels (32,64,128)")
     parser.add_argument("--learning_rates", default="", help="e.g. 1e-3,3e-3: every variant at each of them")
     parser.add_argument("--choose_rates", action="store_true", help="runs with --schedule constant, and from them a rate for each variant")
     parser.add_argument("--extrapolate_to", type=float, default=0, help="tokens at which --choose_rates ranks (default: 10 times a run's)")
@@ -588,10 +646,11 @@ def parse(argv):
 
 def plan(a, rest):
     """(settings, runs, folder of the runs, results) of a command, all checked before anything is written. Raises ValueError for what cannot be."""
-    variants, presets = a.variants.split(","), a.presets.split(",") if a.presets else [None]
-    for what, names, known in (("variant", variants, VARIANTS), ("preset", presets if a.presets else [], train.PRESETS)):
-        if unknown := sorted(set(names) - set(known)):
-            raise ValueError(f"no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
+    variants, sizes = a.variants.split(","), a.sizes.split(",") if a.sizes else [None]
+    for variant in variants:
+        name, at, cached = variant.partition("@")
+        if name not in VARIANTS or bool(at) != cached.isdecimal():
+            raise ValueError(f"no variant {variant}: choose from {', '.join(VARIANTS)}, with @n behind it for n cached heads")
     if not 1 <= a.seeds <= 24 or a.jobs < 1:
         raise ValueError(f"seeds must be from 1 to 24 and jobs at least 1, not {a.seeds} and {a.jobs}")
     if not a.tolerance >= 0 or not 0 <= a.extrapolate_to < math.inf:
@@ -605,18 +664,19 @@ def plan(a, rest):
     if a.rates_from and a.learning_rates:
         raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
     _, given = parse_options(train.Options, rest, train.PRESETS)
-    ours = {"attention", "head_norm", "seed", "resume", "overwrite"} | {"preset" for _ in presets if a.presets}
+    ours = {"attention", "head_norm", "seed", "resume", "overwrite"} | {"n_kv_head" for variant in variants if "@" in variant}
+    ours |= {option.removeprefix("--") for size in sizes for option in size_options(size)[::2]}
     ours |= {"learning_rate"} if a.learning_rates or a.rates_from else set()
     if clash := sorted(given & (ours | ({"schedule"} if a.choose_rates else set()))):
         raise ValueError(f"{', '.join(clash)} is what this sweep sets itself: leave it out")
     if a.rates_from:
         own = read_rates(ROOT / a.rates_from)
-        missing = [Setting(variant, None, preset).name for preset in presets for variant in variants if not own.get((preset, variant))]
+        missing = [Setting(variant, None, size).name for size in sizes for variant in variants if not own.get((size, variant))]
         if missing:
             raise ValueError(f"{a.rates_from} has no stable rate for {', '.join(missing)}: leave it out, or choose again from smaller rates")
-        settings = [Setting(variant, own[preset, variant], preset) for preset in presets for variant in variants]
+        settings = [Setting(variant, own[size, variant], size) for size in sizes for variant in variants]
     else:
-        settings = [Setting(variant, rate, preset) for preset in presets for variant in variants for rate in rates]
+        settings = [Setting(variant, rate, size) for size in sizes for variant in variants for rate in rates]
     rest = [*rest, *(["--schedule", "constant"] if a.choose_rates else [])]
     if a.jobs > 1 and "threads" not in given:
         rest += ["--threads", str(max(1, os.cpu_count() // a.jobs))]
@@ -648,8 +708,8 @@ def main(argv=None):
     def tabulate():
         table = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
         if a.choose_rates:
-            rows, choices = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
-            write(results, command, rates_markdown(rows, choices), tolerance=a.tolerance, choices=choices, rows=rows)
+            rows, choices, laws = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
+            write(results, command, rates_markdown(rows, choices, laws), tolerance=a.tolerance, choices=choices, laws=laws, rows=rows)
         else:
             write(results, command, markdown(table), table=table)
         return table

@@ -69,13 +69,14 @@ def test_the_largest_stable_rate_near_the_lowest_loss_is_chosen(tmp_path):
     (tmp_path / "mea-lr0.1-seed1" / "metrics.jsonl").unlink()  # the largest rate lost one run
     (tmp_path / "mea-lr0.1-seed1.log").write_text("loss nan at step 30: stopped before the update; no checkpoint was saved yet")
     choose = lambda tolerance: sweep.choose_rates(tmp_path, settings, 2, None, tolerance)
-    rows, choices = choose(0.02)
+    rows, choices, _ = choose(0.02)
     assert [row["stable"] for row in rows] == [True, True, True, False, False] and rows[4]["diverged"] == 1
     assert rows[1]["extrapolated"] == pytest.approx(2 + 10**-0.5, abs=0.02)  # at ten times the tokens
     assert [choice["learning_rate"] for choice in choices] == [1e-2]
     assert choose(0)[1][0]["learning_rate"] == 3e-3 and choose(np.inf)[1][0]["learning_rate"] == 1e-2
-    text = sweep.rates_markdown(rows, choices)
-    assert text.count("unstable") == 2 and text.count("chosen") == 1 and "- mea: 0.01" in text
+    assert 3e-3 < choices[0]["best"] <= 1e-2  # between the two whose losses are nearly the same
+    text = sweep.rates_markdown(rows, choices, [])
+    assert text.count("unstable") == 2 and text.count("**chosen**") == 1 and "| mea |  | 1,000 | 0.01 |".replace("1,000", f"{rows[0]['parameters']:,}") in text
     (tmp_path / "mea-lr0.001-seed0" / "metrics.jsonl").unlink()
     assert [row["learning_rate"] for row in choose(0.02)[0]] == [3e-3, 1e-2, 3e-2, 1e-1]  # a rate waits for all its seeds
     assert sweep.choose_rate([row for row in rows if not row["stable"]], 0.02) is None
@@ -86,14 +87,34 @@ def test_the_rate_of_the_next_size_lies_on_the_line_of_the_smaller_ones(tmp_path
     assert exponent == pytest.approx(-0.5) and constant == pytest.approx(8)
     with pytest.raises(ValueError, match="two sizes"):
         sweep.fit_rate_against_size([1e6, 1e6], [1e-3, 2e-3])
-    settings = [sweep.Setting("mha", rate, preset) for preset in ("tiny", "small") for rate in (1e-3, 4e-3)]
+    rates = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+    best = {"16": 8e-3, "32": 4e-3, "64": 2e-3}
+    settings = [sweep.Setting("mha", rate, size) for size in best for rate in rates]
     for setting in settings:
-        good = setting.rate == (4e-3 if setting.preset == "tiny" else 1e-3)
-        fake_run(tmp_path / f"{setting.name}-seed0", curve(2 if good else 2.5), parameters=8 if setting.preset == "tiny" else 32)
-    tiny, small, base = sweep.choose_rates(tmp_path, settings, 1, None, 0.02)[1]
-    assert (tiny["learning_rate"], small["learning_rate"], base["preset"]) == (4e-3, 1e-3, "base")
-    slope = np.log(4) / np.log(tiny["parameters"] / small["parameters"])
-    assert base["learning_rate"] == pytest.approx(1e-3 * (base["parameters"] / small["parameters"]) ** slope)
+        off = abs(np.log2(setting.rate / best[setting.size]))
+        fake_run(tmp_path / f"{setting.name}-seed0", curve(2 + 0.1 * off**2), parameters=int(setting.size))
+    rows, choices, (law,) = sweep.choose_rates(tmp_path, settings, 1, None, 0.02)
+    assert [choice["learning_rate"] for choice in choices] == [*best.values()]
+    assert [choice["best"] for choice in choices] == pytest.approx([*best.values()], rel=0.01)
+    small, middle, large = (choice["parameters"] for choice in choices)
+    exponent = -np.log(2) / np.log(middle / small)  # what the two smaller ones say
+    assert law["test"]["foretold"] == pytest.approx(4e-3 * (large / middle) ** exponent, rel=0.02) and law["test"]["found"] == choices[2]["best"]
+    assert f"{law['test']['found']:.2g} |" in sweep.rates_markdown(rows, choices, [law])
+
+
+def test_the_best_rate_lies_between_those_tried():
+    rows = [dict(learning_rate=rate, stable=True, extrapolated=3 + np.log(rate / 3e-3) ** 2) for rate in (1e-3, 2e-3, 4e-3, 8e-3)]
+    assert sweep.best_rate(rows) == pytest.approx(3e-3)
+    assert sweep.best_rate(rows[2:]) == 4e-3 and sweep.best_rate([]) is None  # at an end of what was tried
+    for row in rows[:2]:
+        row["stable"] = False
+    assert sweep.best_rate(rows) == 4e-3
+
+
+def test_a_size_is_a_preset_or_a_width_and_a_variant_may_cache_fewer_heads():
+    options = sweep.Setting("mea@2", 1e-3, "64").options(seed=3)
+    assert " ".join(options) == "--attention mea --n_kv_head 2 --n_embd 64 --n_head 4 --learning_rate 0.001 --seed 3"
+    assert sweep.Setting("mha", None, "tiny").options(0) == ["--attention", "mha", "--preset", "tiny", "--seed", "0"]
 
 
 def test_the_table_pairs_seeds_and_says_what_p_could_be(tmp_path):
@@ -138,7 +159,10 @@ def test_finished_runs_are_kept_killed_ones_go_on_and_the_time_left_is_theirs(tm
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--variants", "mha,moa"], "no variant moa"),
-    (["--presets", "tiny,huge"], "no preset huge"),
+    (["--variants", "mea@x"], "no variant mea@x"),
+    (["--sizes", "tiny,huge"], "size 'huge' is neither a preset"),
+    (["--sizes", "24"], "size '24' is neither a preset (tiny, small, base, 1b) nor a width, a multiple of 16"),
+    (["--sizes", "32", "--n_head", "4"], "n_head is what this sweep sets itself"),
     (["--learning_rates", "1e-3,x"], "'1e-3,x' are not numbers"),
     (["--learning_rates", "1e-3,-1"], "learning_rate must be above 0, not -1.0"),
     (["--choose_rates"], "several --learning_rates"),
