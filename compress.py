@@ -551,20 +551,19 @@ def curve_of(o):
 
 
 @torch.inference_mode()
-def decoding(models, rows, context, rounds=7, tokens=8):
-    """Tokens per second of each model, decoding against a cache of about `context` positions: medians of rounds taken in turns."""
-    seconds, tokens = [[] for _ in models], min(tokens, context)
-    caches = [KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device) for model in models]
+def decoding(model, rows, context, rounds=7, tokens=8):
+    """(tokens per second, cache bytes) of decoding against a cache of about `context` positions: the median of the rounds."""
+    cache = KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device)
+    times, tokens = [], min(tokens, context)
     for turn in range(rounds + 1):  # the first one warms up
-        for model, cache, times in zip(models, caches, seconds):
-            cache.lengths = [context - tokens] * rows
-            token = torch.zeros(rows, 1, dtype=torch.long, device=cache.device)
-            began = time.perf_counter()
-            for _ in range(tokens):
-                token = model(token, cache=cache)[0].argmax(-1)
-            token.tolist()  # waits for a GPU
-            times += [time.perf_counter() - began] if turn else []
-    return [rows * tokens / statistics.median(times) for times in seconds], [cache.nbytes for cache in caches]
+        cache.lengths = [context - tokens] * rows
+        token = torch.zeros(rows, 1, dtype=torch.long, device=cache.device)
+        began = time.perf_counter()
+        for _ in range(tokens):
+            token = model(token, cache=cache)[0].argmax(-1)
+        token.tolist()  # waits for a GPU
+        times += [time.perf_counter() - began] if turn else []
+    return rows * tokens / statistics.median(times), cache.nbytes
 
 
 def draw_report(report, path):
@@ -643,8 +642,8 @@ def run(o, model, state, dataset):
             show(f"kv_ratio {ratio:g}: {point['kv_bytes_per_token']:,} bytes per token, loss {point['loss']:.4f}")
             del smaller
     ranks = choose_ranks(config, o.kv_ratio, o.budget, costs)
-    shared = {} if o.heal_steps else {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    original = copy.deepcopy(model, shared)  # unless healing is going to change them, its tensors are the model's own
+    speed, size = decoding(model, o.rows, o.context)  # now, so that no second model has to be kept for it
+    original = copy.deepcopy(model) if o.distill or o.continue_original else None
     report["errors"] = compress(model, ranks, o.method, tokens)
     loss["after"] = measure(model)
     show(f"loss {loss['after']:.4f} after compressing ({loss['after'] - loss['before']:+.4f})")
@@ -656,9 +655,9 @@ def run(o, model, state, dataset):
         loss["healed"] = measure(model)
         show(f"loss {loss['healed']:.4f} after healing ({loss['healed'] - loss['before']:+.4f})")
         if o.continue_original:
-            loss["continued"] = measure(heal(copy.deepcopy(original), data, replace(o, heal_params="all"), o.heal_steps))
+            loss["continued"] = measure(heal(original, data, replace(o, heal_params="all"), o.heal_steps))
             show(f"loss {loss['continued']:.4f} of the original after the same steps; healed - continued {loss['healed'] - loss['continued']:+.4f}")
-    speeds, sizes = decoding([original, model], o.rows, o.context)
+    speeds, sizes = zip((speed, size), decoding(model, o.rows, o.context))
     per_token = [size // (o.rows * o.context) for size in sizes]
     report |= dict(
         ranks=[list(pair) for pair in ranks], loss=loss, bpb={name: dataset.bits_per_byte(value) for name, value in loss.items()},

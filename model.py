@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, MEA, RMSNorm, rope_table
+from data.tokenizer import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -39,6 +40,7 @@ PRESETS = {
 }  # fmt: skip
 
 
+LARGEST_JSON = 64 << 20  # bytes; the index of the largest models has a few
 LARGEST = 1 << 20  # of any one size in a config: beyond what exists, and a table of so many positions still fits in memory
 
 
@@ -511,7 +513,7 @@ def find_checkpoint(path):
         if candidate.is_file():
             return candidate
     config = path / "config.json"  # a run folder has one too, but without a model_type
-    if config.is_file() and b'"model_type"' in config.read_bytes():
+    if config.is_file() and "model_type" in read_json(config, LARGEST_JSON):
         return config
     raise FileNotFoundError(f"no checkpoint at {path}: give a run folder that train.py made, a checkpoint.pt in it, or a Hugging Face folder")
 
@@ -615,23 +617,12 @@ def pretrained_name(name):
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def read_object(path):
-    """The JSON object in a file. Raises ValueError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
 def pretrained_config(folder, block_size=None):
     """The `GPTConfig` of a Hugging Face folder. Raises FileNotFoundError, or ValueError for what this model does not compute."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give a Hugging Face folder with config.json and model.safetensors")
-    theirs = read_object(path)
+    theirs = read_json(path, LARGEST_JSON)
     kind = theirs.get("model_type")
     if kind not in [*FAMILY]:
         raise ValueError(f"{path}: model_type {kind!r} is not supported; {', '.join(FAMILY)} are")
@@ -682,7 +673,7 @@ def safetensors_files(folder):
         if list(folder.glob("*.bin")) + list(folder.glob("*.pth")) + list(folder.glob("*.pt")):
             raise FileNotFoundError(f"{folder} has pickled weights only, and nothing is unpickled here: convert them to model.safetensors")
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
-    names = read_object(index).get("weight_map")
+    names = read_json(index, LARGEST_JSON).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map of tensors to files")
     names = sorted(set(names.values()))
