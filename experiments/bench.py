@@ -5,8 +5,9 @@ model stand counts from code compiled ahead of time: the loop over key blocks is
 copies and the FLOPs of its matrix instructions are added up. So "decode reads the compressed cache once" is checked without a GPU.
 Times are measured where they can be: no roofline is a measurement.
 
-    python experiments/bench.py --training          # a training step of every variant, as a ratio to MHA
-    python experiments/bench.py --decoding          # generation with and without the cache
+    python experiments/bench.py                     # training, decoding and memory in one table, JSON and picture: some minutes
+    python experiments/bench.py --training --nanogpt ../nanoGPT --dtype float32
+    python experiments/bench.py --decoding
     python experiments/bench.py --memory            # peak memory of a training step against the sequence's length, on the CPU
     python experiments/bench.py --kernels           # rooflines, and timings on this machine
     python experiments/bench.py --aot sm_80,sm_90   # the model beside the compiled loops
@@ -14,9 +15,14 @@ Times are measured where they can be: no roofline is a measurement.
 Read first: attention.py and kernels.py.
 """
 import argparse
+import contextlib
+import importlib.util
+import io
+import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import statistics
 import sys
@@ -27,13 +33,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as train.py does
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import kernels
 import train
 from kernels import compose_heads, head_norm, mea_attention, mea_decode
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, KVCache
 
 # ---- kernels: the cost model ----------------------------------------------------------------------------------------------
 
@@ -224,7 +232,7 @@ def bench_kernels():
         print_timings(limits, "cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
 
 
-# ---- training and decoding ------------------------------------------------------------------------------------------------
+# ---- models: training, decoding, memory -----------------------------------------------------------------------------------
 
 VARIANTS = {  # name: (config, what it is compared with)
     "mha": (dict(attention="mha"), "mha"),
@@ -234,62 +242,147 @@ VARIANTS = {  # name: (config, what it is compared with)
     "dfa": (dict(attention="dfa"), "mha, head norm"),
     "tha": (dict(attention="tha"), "mha"),
 }
+HALF = dict(attention="mea", head_norm=False, n_kv_head=4)  # what compress.py makes of an MHA of 8 heads
+DECODED = {  # name: (config, whether the cache is used)
+    "mha": (dict(attention="mha"), True),
+    "mha, no cache": (dict(attention="mha"), False),
+    "mha, compressed to half": (HALF, True),
+    "mea": (dict(attention="mea"), True),
+    "mea, no cache": (dict(attention="mea"), False),
+    "mea, half, absorbed": (dict(HALF, head_norm=True, mea_form="absorb"), True),
+    "mea, half, composed": (dict(HALF, head_norm=True, mea_form="compose"), True),
+}
 
 
-def bench_training(rounds=15):
-    """A whole training step (forward, backward, clipping, AdamW) of every variant at the default preset, in turns."""
-    device = train.choose_device()
-    dtype = train.choose_dtype("auto", device)
-    batch_size, T = train.TRAINING["small"]["batch_size"], PRESETS["small"]["block_size"]
+def small(fields, **more):
+    return GPT(GPTConfig(**{**PRESETS["small"], "vocab_size": 2048, **fields, **more}))
+
+
+class GPT2Shape(nn.Module):
+    """nanoGPT's shape from torch's own layers: learned positions, LayerNorm, an MLP of GELU and 4 times the width, tied embeddings."""
+
+    def __init__(self, vocab_size, n_layer, n_head, n_embd, block_size):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False)
+        self.layers = nn.TransformerEncoder(layer, n_layer, nn.LayerNorm(n_embd, bias=False), enable_nested_tensor=False)
+
+    def forward(self, x, y):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+        hidden = self.layers(self.tokens(x) + self.positions.weight, mask, is_causal=True)
+        logits = F.linear(hidden, self.tokens.weight)
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def load_nanogpt(folder, shape):
+    """(model, optimizer) of a checkout of nanoGPT, as its train.py makes them. Runs the checkout's code."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = theirs.GPT(theirs.GPTConfig(**shape, dropout=0.0, bias=False))
+        return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+
+
+def in_turns(jobs, rounds, warm_up=2):
+    """{name: values of `rounds` calls}, all jobs called once before any is called again."""
+    values = {name: [] for name in jobs}
+    for _ in range(warm_up + rounds):
+        for name, job in jobs.items():
+            values[name].append(job())
+    return {name: taken[warm_up:] for name, taken in values.items()}
+
+
+def row(section, name, base, seconds, baseline, **more):
+    """One line of the table. `ratio`: quartiles of the ratios of times, round by round."""
+    ratio = None if name == base else [float(part) for part in statistics.quantiles([a / b for a, b in zip(seconds, baseline)], n=4)]
+    return dict(section=section, name=name, ms=1e3 * statistics.median(seconds), base=base, ratio=ratio, **more)
+
+
+def bench_training(device, dtype, nanogpt=None, rounds=15):
+    """Forward, backward and the whole step (with clipping and AdamW) of every variant at the default preset."""
+    batch_size, shape = train.TRAINING["small"]["batch_size"], {"vocab_size": 2048, **PRESETS["small"]}
+    T = shape["block_size"]
     x = torch.randint(2048, (batch_size, T + 1), device=device)
-    steps = {}
-    for name, (fields, _) in VARIANTS.items():
-        model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields})).to(device)
-        optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=device.type in ("cpu", "cuda"))
+    models = {name: small(fields) for name, (fields, _) in VARIANTS.items()} | {"gpt-2's shape": GPT2Shape(**shape)}
+    pairs = {}
+    for name, model in models.items():
+        groups = model.parameter_groups(0.1) if isinstance(model, GPT) else model.parameters()
+        pairs[name] = model.to(device), torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+    if nanogpt:
+        pairs["nanoGPT"] = load_nanogpt(nanogpt, shape)
 
-        def step(model=model, optimizer=optimizer):
+    def job(model, optimizer):
+        def step():
+            began = time.perf_counter()
             with train.autocast(device, dtype):
-                loss = model(x[:, :-1], x[:, 1:])[1]
+                loss = model(x[:, :-1], x[:, 1:].contiguous())[1]
+            loss.item()  # waits for a GPU
+            forward = time.perf_counter()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm.item()
+            backward = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad()
-            return loss.item()  # waits for a GPU
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return forward - began, backward - forward, time.perf_counter() - began
 
-        steps[name] = step
-    seconds = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
-    print(f"A training step of {batch_size} x {T} tokens, preset small, {device}, {torch.get_num_threads()} threads, {dtype}, torch "
-          f"{torch.__version__}; {rounds} rounds in turns; ratios of times, median (quartiles)\n")
-    print("| variant | tokens/s, median | time, ratio to | ratio |\n|---|---|---|---|")
-    for name, (_, base) in VARIANTS.items():
-        ratios = [a / b for a, b in zip(seconds[name][2:], seconds[base][2:])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        ratio = "" if name == base else f"{middle:.3f} ({low:.3f} to {high:.3f})"
-        print(f"| {name} | {x[:, 1:].numel() / statistics.median(seconds[name][2:]):,.0f} | {base if ratio else ''} | {ratio} |")
+        return step
+
+    taken = in_turns({name: job(*pair) for name, pair in pairs.items()}, rounds)
+    part = lambda name, i: [seconds[i] for seconds in taken[name]]
+    compared = {name: [base] for name, (_, base) in VARIANTS.items()} | {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"]}
+    for i, section in enumerate(("training, forward", "training, backward", "training, step")):
+        for name in taken:
+            for base in compared[name]:
+                more = dict(tokens_per_second=batch_size * T / statistics.median(part(name, i))) if i == 2 else {}
+                yield row(section, name, base, part(name, i), part(base, i), **more)
 
 
-def bench_decoding(tokens=512, rounds=3):
-    """Greedy generation of `tokens` tokens at the default preset, with the cache and without, in turns."""
-    device = train.choose_device()
-    print(f"{tokens} tokens from a prompt of one, preset small, {device}, {torch.get_num_threads()} threads; median of {rounds}\n")
-    print("| variant | cached tokens/s | uncached tokens/s | ratio (lowest to highest) | cache bytes a token |\n|---|---|---|---|---|")
-    for name, (fields, _) in VARIANTS.items():
-        model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields})).to(device).eval()
-        seconds = {True: [], False: []}
-        for _ in range(rounds):
-            for use_cache in seconds:
+@torch.inference_mode()
+def bench_decoding(device, contexts=(128, 512, 2048, 4096), rounds=7, tokens=4):
+    """A token decoded behind `context` others: from the cache, or by running the model over all of them again."""
+    for context in contexts:
+        jobs, bytes_per_token = {}, {}
+        for name, (fields, cached) in DECODED.items():
+            model = small(fields, block_size=context).to(device).eval()
+            cache = KVCache(model.config, 1, context, torch.float32, device) if cached else None
+            x = torch.zeros(1, 1 if cached else context, dtype=torch.long, device=device)
+            bytes_per_token[name] = cache.nbytes // context if cached else 0
+
+            def job(model=model, cache=cache, x=x):
+                if cache:
+                    cache.lengths = [context - tokens]
+                times = tokens if cache else 1
                 began = time.perf_counter()
-                model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
-                seconds[use_cache].append(time.perf_counter() - began)
-        ratios = sorted(b / a for a, b in zip(seconds[True], seconds[False]))
-        cached, uncached = (tokens / statistics.median(seconds[use_cache]) for use_cache in (True, False))
-        print(f"| {name} | {cached:.0f} | {uncached:.0f} | {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) | "
-              f"{model.config.kv_bytes_per_token():,} |")
+                for _ in range(times):
+                    model(x, cache=cache)[0][0, -1].argmax().item()
+                return (time.perf_counter() - began) / times
+
+            jobs[name] = job
+        taken = in_turns(jobs, rounds)
+        for name, seconds in taken.items():
+            more = dict(tokens_per_second=1 / statistics.median(seconds), context=context, bytes_per_token=bytes_per_token[name])
+            yield row(f"decoding behind {context:,}", name, "mha", seconds, taken["mha"], **more)
+
+
+def bench_generation(device, tokens=512, rounds=3):
+    """Greedy generation of `tokens` tokens from one, with the cache and without."""
+    for name in ("mha", "mea"):
+        model = small(VARIANTS[name][0]).to(device).eval()
+
+        def job(use_cache):
+            began = time.perf_counter()
+            model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
+            return time.perf_counter() - began
+
+        with_cache, without = f"{name}, cache", f"{name}, no cache"
+        taken = in_turns({with_cache: lambda: job(True), without: lambda: job(False)}, rounds, warm_up=0)
+        for which in taken:
+            speed = tokens / statistics.median(taken[which])
+            yield row(f"generating {tokens}", which, with_cache, taken[which], taken[with_cache], tokens_per_second=speed)
 
 
 def memory_of_step(fields, T, recompute):
@@ -299,7 +392,7 @@ def memory_of_step(fields, T, recompute):
     once. So every step needs a process of its own, where no memory that an earlier one freed is used again.
     """
     torch.set_num_threads(1)
-    model = GPT(GPTConfig(vocab_size=2048, **{**PRESETS["small"], **fields, "block_size": T}))
+    model = small(fields, block_size=T)
     model.activation_checkpointing = recompute
 
     def step(length):
@@ -317,38 +410,109 @@ def memory_of_step(fields, T, recompute):
 
 
 def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
-    """Memory that is linear in the length shows as the same KiB a position in every column.
+    """Memory that is linear in the length shows as twice as much in each next row; quadratic, as four times.
 
     glibc keeps most of what is freed, and where the pieces differ in size, as those of Talking-Heads do, it cannot use them again:
     told to give pieces of 1 MiB back at once, it holds what the step needs.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # for the processes started below
-    print(f"Peak memory of forward and backward beyond weights and gradients, MiB (KiB a position): batch 1, preset small, float32, CPU, "
-          f"one thread, torch {torch.__version__}, glibc told to give back what is freed. "
-          f"The last column is the memory of {lengths[-1]:,} positions over that of {lengths[-2]:,}: 2 is linear, 4 quadratic.\n")
-    print("| variant | blocks recomputed | " + " | ".join(f"T = {T:,}" for T in lengths) + " | growth |")
-    print("|---|---|" + "---|" * (len(lengths) + 1))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for name in ("mha", "mea", "dfa", "tha"):
             for recompute in (False, True):
-                peaks = [fresh.apply(memory_of_step, (VARIANTS[name][0], T, recompute)) for T in lengths]
-                cells = " | ".join(f"{peak / 2**20:,.0f} ({peak / 1024 / T:.0f})" for peak, T in zip(peaks, lengths))
-                print(f"| {name} | {'yes' if recompute else 'no'} | {cells} | {peaks[-1] / peaks[-2]:.2f} |", flush=True)
+                label, before = name + ", blocks recomputed" * recompute, None
+                for T in lengths:
+                    peak = fresh.apply(memory_of_step, (VARIANTS[name][0], T, recompute))
+                    yield dict(section=f"memory of a step, T = {T:,}", name=label, length=T, bytes=peak, base=before and f"T = {before[0]:,}",
+                               ratio=before and [peak / before[1]] * 3)  # fmt: skip
+                    before = T, peak
+
+
+def table_line(row):
+    amount = f"{row['ms']:.2f} ms" if "ms" in row else f"{row['bytes'] / 2**20:,.0f} MiB"
+    low, middle, high = row["ratio"] or (None, None, None)
+    ratio = "" if middle is None else f"{middle:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
+    speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+    cached = f"{row['bytes_per_token']:,}" if row.get("bytes_per_token") else ""
+    return f"| {row['section']} | {row['name']} | {amount} | {row['base'] if ratio else ''} | {ratio} | {speed} | {cached} |"
+
+
+def draw(rows, path):
+    """Training ratios, memory against length, decoding against context: whatever of it was measured, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    training = [row for row in rows if row["section"].startswith("training") and row["base"] in (VARIANTS.get(row["name"], (0, "mha"))[1],)]
+    decoding = [row for row in rows if row["section"].startswith("decoding")]
+    memory = [row for row in rows if row["section"].startswith("memory")]
+    panels = [panel for panel in (training, decoding, memory) if panel]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        if panel is training:
+            names = [row["name"] for row in panel if row["section"].endswith("step") and row["ratio"]]
+            for i, part in enumerate(("forward", "backward", "step")):
+                found = {row["name"]: row for row in panel if row["section"].endswith(part)}
+                low, middle, high = zip(*(found[name]["ratio"] for name in names))
+                places = [place + 0.27 * (i - 1) for place in range(len(names))]
+                reach = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
+                ax.barh(places, middle, 0.25, xerr=reach, error_kw=dict(lw=0.8), label=part)
+            bases = {row["name"]: row["base"] for row in panel}
+            ax.set_yticks(range(len(names)), [f"{name}\nto {bases[name]}" for name in names], fontsize=8)
+            ax.invert_yaxis()
+            ax.axvline(1, color="black", lw=0.8)
+            ax.set(xlabel="ratio of times: median and quartiles", title="a training step")
+        else:
+            x, y, scale = ("context", "tokens_per_second", 1) if panel is decoding else ("length", "bytes", 2**20)
+            for i, name in enumerate(dict.fromkeys(row["name"] for row in panel)):
+                line = [row for row in panel if row["name"] == name]
+                cached = f", {line[0]['bytes_per_token'] / 1024:g} KiB a token" if line[0].get("bytes_per_token") else ""
+                broken = "no cache" in name or "recomputed" in name
+                ax.plot([row[x] for row in line], [row[y] / scale for row in line], "o--" if broken else "o-", ms=4, color=f"C{i}", label=name + cached)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:,.0f}")
+            ax.yaxis.set_major_formatter("{x:,.0f}")
+            if panel is decoding:
+                ax.set(xlabel="tokens in the context", ylabel="decoded tokens per second", title="decoding, batch 1")
+            else:
+                ax.set(xlabel="tokens in the sequence", ylabel="MiB beyond weights and gradients", title="peak memory of a training step, batch 1")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Benchmarks: training, decoding, rooflines and compiled code.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", action="store_true", help="a training step of every variant, as a ratio to MHA")
-    parser.add_argument("--decoding", action="store_true", help="generation with and without the cache")
+    parser.add_argument("--decoding", action="store_true", help="tokens per second against the context: cached, uncached, compressed, absorbed, composed")
     parser.add_argument("--memory", action="store_true", help="peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
     parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine")
     parser.add_argument("--aot", metavar="TARGETS", help="compile for these NVIDIA targets (sm_80,sm_90) and count what the loops do")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT, whose model --training measures beside ours (on the CPU)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of --training, as train.py's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--results", default="experiments/results/bench", help="name of the .json, .md and .png to write (default: %(default)s)")
     arguments = parser.parse_args()
-    if not (arguments.training or arguments.decoding or arguments.memory or arguments.kernels or arguments.aot):
-        parser.error("nothing to do: give --training, --decoding, --memory, --kernels or --aot TARGETS")
-    if arguments.threads:
+    chosen = [name for name in ("training", "decoding", "memory") if getattr(arguments, name)]
+    if not (chosen or arguments.kernels or arguments.aot):
+        chosen = ["training", "decoding", "memory"]
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            parser.error(f"--threads must be at least 1, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
+    device = train.choose_device()
+    dtype = train.choose_dtype(arguments.dtype, device)
+    if arguments.nanogpt and not (device.type == "cpu" and (Path(arguments.nanogpt) / "model.py").is_file()):
+        parser.error(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {arguments.nanogpt} on {device}")
+    if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
+        parser.error("--memory reads Linux's /proc/self/status, which is not here: choose --training and --decoding")
     if arguments.aot:
         targets = arguments.aot.split(",")
         if unknown := [target for target in targets if not target.startswith("sm_") or target not in kernels.TARGETS]:
@@ -358,14 +522,27 @@ def main():
         print_loop_counts(targets)
     if arguments.kernels:
         bench_kernels()
-    if arguments.training:
-        bench_training()
-    if arguments.decoding:
-        bench_decoding()
-    if arguments.memory:
-        if not Path("/proc/self/clear_refs").exists():
-            parser.error("--memory reads Linux's /proc/self/status, which is not here")
-        bench_memory()
+    if not chosen:
+        return
+    results, command = ROOT / arguments.results, " ".join(["python experiments/bench.py", *sys.argv[1:]])
+    results.parent.mkdir(parents=True, exist_ok=True)
+    where = (f"`{command}`: preset small, {device} ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}; training in "
+             f"{str(dtype).removeprefix('torch.')}, the rest in float32. In turns, medians; ratios of times, median (quartiles). Memory: one thread, beyond weights and gradients; "
+             "the ratio is to half the length, 2 being linear.")  # fmt: skip
+    lines = [where, "", "| what | variant | time or memory | ratio to | ratio | tokens/s | cached bytes a token |", "|---|---|---|---|---|---|---|"]
+    print("\n".join(lines))
+    rows, sections = [], dict(
+        training=lambda: [bench_training(device, dtype, arguments.nanogpt)], decoding=lambda: [bench_decoding(device), bench_generation(device)], memory=lambda: [bench_memory()]
+    )  # fmt: skip
+    for name in chosen:
+        for measured in sections[name]():
+            for measurement in measured:
+                rows.append(measurement)
+                lines.append(table_line(measurement))
+                print(lines[-1], flush=True)
+    results.with_suffix(".json").write_text(json.dumps(dict(command=command, threads=torch.get_num_threads(), dtype=str(dtype), rows=rows), indent=1) + "\n")
+    results.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    draw(rows, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

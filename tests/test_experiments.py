@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from experiments import sweep
+from experiments import bench, sweep
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35, 0.9])
@@ -213,3 +214,39 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint(tmp_path, monkeypatch):
         sweep.snapshot(tmp_path / "r")
     with np.load(tmp_path / "r" / "compose.npz") as file:
         assert file["step"].tolist() == [10, 20] and file["compose_k"].shape == (2, 1, 2, 2)
+
+
+def test_the_benchmark_takes_turns_and_compares_round_by_round():
+    calls = []
+    taken = bench.in_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, rounds=2, warm_up=1)
+    assert calls == ["a", "b"] * 3 and taken == {"a": [3, 5], "b": [4, 6]}
+    row = bench.row("what", "a", "b", [2.0, 4.0, 9.0], [1.0, 1.0, 3.0], tokens_per_second=7)
+    assert row["ms"] == 4000 and row["ratio"] == [2, 3, 4] and bench.row("what", "b", "b", [1.0], [1.0])["ratio"] is None
+    assert bench.table_line(row) == "| what | a | 4000.00 ms | b | 3.00 (2.00 to 4.00) | 7 |  |"
+
+
+def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(bench.PRESETS, "small", dict(n_layer=1, n_head=8, n_embd=32, block_size=16))
+    trained = [*bench.bench_training(cpu, torch.float32, rounds=2)]
+    assert {row["section"] for row in trained} == {"training, forward", "training, backward", "training, step"}
+    assert {row["name"] for row in trained} == {*bench.VARIANTS, "gpt-2's shape"}
+    decoded = [*bench.bench_decoding(cpu, contexts=(8, 16), rounds=2, tokens=2)]
+    cached = {row["name"]: row["bytes_per_token"] for row in decoded}
+    assert cached["mha"] == 2 * 32 * 4 and cached["mha, compressed to half"] == cached["mea, half, absorbed"] == 32 * 4 and cached["mea, no cache"] == 0
+    bench.draw([*trained, *decoded], tmp_path / "bench.png")
+    with open(Path(bench.__file__).parent / "results" / "bench.json") as file:
+        committed = json.load(file)["rows"]
+    assert {row["name"] for row in committed if row["section"].startswith("decoding")} == {*bench.DECODED}
+
+
+def test_nanogpts_shape_has_the_parameters_it_should():
+    V, L, H, C, T = 50, 2, 2, 16, 8
+    model = bench.GPT2Shape(V, L, H, C, T)
+    assert sum(p.numel() for p in model.parameters()) == (V + T) * C + L * (12 * C * C + 2 * C) + C
+    x = torch.randint(V, (2, T + 1))
+    logits, loss = model(x[:, :-1], x[:, 1:])
+    changed = x[:, :-1].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % V
+    torch.testing.assert_close(model(changed, x[:, 1:])[0][:, :-1], logits[:, :-1])  # causal
+    assert loss > 0
