@@ -9,7 +9,10 @@ import torch
 import compress as program
 import train
 from attention import apply_rope, rope_table
-from compress import METHODS, allocate, approximate, choose_ranks, compress, effective_heads, fit_any_maps, key_blocks, probe, turn_heads, uniform_ranks, value_blocks
+from compress import (
+    METHODS, allocate, approximate, choose_ranks, compress, compress_layer, effective_heads, fit_any_maps, key_blocks, probe, refit_output, second_moments, turn_heads,
+    uniform_ranks, value_blocks,
+)  # fmt: skip
 from data.dataset import WindowSampler, open_dataset
 from model import GPT, GPTConfig, KVCache, load_checkpoint
 
@@ -119,6 +122,15 @@ def test_the_truncated_svd_is_the_best_of_its_kind():
     assert turn_heads(heads, 3, rounds=0)[2][-1] == pytest.approx((singular[3:].square().sum() / singular.square().sum()).item())
 
 
+@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
+@pytest.mark.parametrize("kind", "kv")
+def test_the_reported_error_is_what_is_missing_at_the_end(kind, maps):
+    weight = random_heads(5, seed=3)
+    w, turn, parts, errors = approximate(weight, 3, kind, maps)
+    missed = (weight - rebuilt(w, turn, parts)).square().sum() / weight.square().sum()
+    assert missed.item() <= errors[-1] * (1 + 1e-9) and errors[-1] == pytest.approx(missed.item(), rel=1e-3) and (len(errors) == 1) == (maps == "none")
+
+
 def test_a_keys_map_commutes_with_rope():
     turn, rope = phases(3), tuple(table.double() for table in rope_table(9, D))
     x = random_heads(1, 5, 9)[0].T.view(1, 9, 1, D)
@@ -226,6 +238,35 @@ def test_a_compressed_model_decodes_from_a_cache_of_exactly_its_bytes(source):
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-3, atol=1e-4)
 
 
+def test_the_moments_are_of_keys_of_queries_and_of_values_as_attention_averages_them():
+    model = make(attention="mha", n_kv_head=2, attention_bias=True)
+    attn, rope, x = model.layers[0].self_attn, rope_table(24, D, model.config.rope_theta), torch.randn(3, 24, C)
+    moments = second_moments(attn, [x], rope)
+    heads = lambda projection: projection(x).view(3, 24, -1, D).double()
+    q, k, v = heads(attn.q_proj), heads(attn.k_proj), heads(attn.v_proj)
+    order = effective_heads(attn, "k")[1].unique_consecutive().argsort()  # distinct heads come sorted by their columns
+    distinct = k[:, :, order].flatten(2)
+    torch.testing.assert_close(moments["k"], torch.einsum("btm,btn->mn", distinct, distinct) / 72, rtol=1e-5, atol=1e-5)
+    energy = (q[..., : D // 2].square() + q[..., D // 2 :].square()).mean((0, 1))  # (H, D/2)
+    torch.testing.assert_close(moments["q"], torch.stack((energy[:2].sum(0), energy[2:].sum(0)))[order], rtol=1e-5, atol=1e-5)
+    turned = lambda y: apply_rope(y.float(), rope).double()
+    scores = torch.einsum("bthd,bshd->bhts", turned(q), turned(k).repeat_interleave(2, 2)) / D**0.5
+    maps = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)  # (B, H, T, S)
+    seen = torch.einsum("bhts,bsn->bhtn", maps, v[:, :, order].flatten(2)).flatten(0, 2)
+    torch.testing.assert_close(moments["v"], seen.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
+    model = make(attention="mha")
+    rope, x = rope_table(4, D, model.config.rope_theta), torch.randn(1, 4, C)
+    attn = model.layers[0].self_attn
+    smaller, _ = compress_layer(attn, GPTConfig(**{**BASE, "attention": "mea", "head_norm": False, "n_kv_head": [[2, 2]] * 2}), 0, "rotated", rope=rope)
+    before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
+    refit_output(smaller, attn, [x], rope)
+    after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
+    assert after[0] < 0.2 * before[0] and after[1] < 2 * before[1]  # and what the four positions do not show hardly moves
+
+
 def test_equal_heads_are_found_once():
     attn = make(attention="mha", n_kv_head=2).layers[0].self_attn
     heads, reader = effective_heads(attn, "k")
@@ -322,6 +363,21 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
     run("--checkpoint", out, "--out_dir", tmp_path / "again", "--context", 3, "--kv_ratio", 0.5, "--budget", "probe", "--heal_steps", 2, "--distill", "--heal_params", "compose")
     again, _ = load_checkpoint(tmp_path / "again")
     assert again.config.kv_bytes_per_token() * 2 == model.config.kv_bytes_per_token()
+
+
+def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(model, method, tokens, few, report):
+        x, y = few
+        assert len(tokens) == 4 and x.shape == y.shape == (3, tokens.shape[1]) and (x[:, 1:] == y[:, :-1]).all()
+        assert not any((row == tokens.numpy()).all(1).any() for row in x)
+        raise Seen
+
+    monkeypatch.setattr(program, "probe", look)
+    with pytest.raises(Seen):
+        program.main(["--checkpoint", str(trained / "mha"), "--out_dir", str(tmp_path / "o"), "--budget", "probe", "--calibration_windows", "4", "--probe_windows", "3"])
 
 
 @pytest.mark.parametrize("chosen,moves", [("compose", "compose_"), ("attention", "self_attn"), ("all", "")])
