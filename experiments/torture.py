@@ -164,7 +164,8 @@ def kills(work, options, undisturbed, rng, count):
         return {"a checkpoint.tmp": new.exists() and new.stat().st_mtime_ns, "no checkpoint.pt": bool(step) and not current.exists()}
 
     for kill in range(count):
-        budget = max(2, 2 * (total - step) // (count - kill + 1))  # steps until the next kill: as many kills as asked for fit into the run
+        # steps until the next kill: as many kills as asked for fit into the run, and none comes after its end
+        budget = max(2, min(2 * (total - step) // (count - kill + 1), total - step - 3))
         kind = "anywhere" if kill % 2 else INSIDE[kill // 2 % len(INSIDE)]
         if total - step < 5:  # nearly done: a kill that leaves no progress
             kind, budget = "writing", 2
@@ -173,7 +174,9 @@ def kills(work, options, undisturbed, rng, count):
         if kind == "anywhere":
             process = start(*arguments)
             if rng.random() < 0.2:
-                time.sleep(rng.uniform(0, 4))  # also while it starts
+                moment = time.monotonic() + rng.uniform(0, 4)  # also while it starts
+                while time.monotonic() < moment and steps_logged(folder) < step + budget - 1:
+                    time.sleep(0.01)
             else:
                 wait_for_step(process, folder, step + rng.randrange(1, budget))
                 time.sleep(rng.uniform(0, 0.05))

@@ -260,7 +260,9 @@ def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
     model = make(attention="mha")
     rope, x = rope_table(4, D, model.config.rope_theta), torch.randn(1, 4, C)
     attn = model.layers[0].self_attn
-    smaller, _ = compress_layer(attn, GPTConfig(**{**BASE, "attention": "mea", "head_norm": False, "n_kv_head": [[2, 2]] * 2}), 0, "rotated", rope=rope)
+    smaller, errors = compress_layer(attn, GPTConfig(**{**BASE, "attention": "mea", "head_norm": False, "n_kv_head": [[2, 2]] * 2}), 0, "rotated", rope=rope)
+    for kind in "kv":
+        assert errors[kind] == approximate(effective_heads(attn, kind)[0], 2, kind, "rotations")[3][-1]
     before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
     refit_output(smaller, attn, [x], rope)
     after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
