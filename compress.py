@@ -13,7 +13,7 @@ layers can spare how many heads, `heal` trains what is left. Read `attention.py`
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
 
 import copy
 import json

@@ -5,7 +5,7 @@ The text streams to standard output as it comes; what it cost (tokens per second
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
 
 import sys
 import time

@@ -30,7 +30,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not the folder of this file, which Python puts first: the harness imports another `evaluate`, Hugging Face's.

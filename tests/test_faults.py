@@ -237,13 +237,13 @@ def mutate_document(document, rng, hostile=HOSTILE):
             target = target[key]
         kind = rng.randrange(10)
         if kind < 6:
-            target[last] = rng.choice(hostile)
+            target[last] = copy.deepcopy(rng.choice(hostile))  # a second change must not meet the first in it
         elif kind == 6:
             del target[last]
         elif kind == 7:
             target[last] = [target[last]] if rng.random() < 0.5 else {"x": target[last]}
         elif kind == 8 and isinstance(target, dict):
-            target[rng.choice(["surprise", "../x", "__class__", "", "0"])] = rng.choice(hostile)
+            target[rng.choice(["surprise", "../x", "__class__", "", "0"])] = copy.deepcopy(rng.choice(hostile))
         elif kind == 9 and type(target[last]) in (int, float):
             target[last] = target[last] * rng.choice([-1, 0, 2, 1000, 10**9])
     return document
