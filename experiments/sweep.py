@@ -9,8 +9,8 @@ constant after the warm-up; then full runs at those rates:
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
 
-The same for a laptop, with a model so small that 300 steps take 20 s of one core (Talking-Heads: 30 s). What these commands gave is
-committed in experiments/results/laptop/, and experiments/LOG.md says what to make of it.
+The same for a laptop, with a model so small that 300 steps take 20 s of one core (Talking-Heads: 30 s). What came of it is committed in
+experiments/results/laptop/, where each table begins with its command, and experiments/LOG.md says what to make of it.
 
     LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64 --jobs 2"
     RESULTS=experiments/results/laptop
@@ -613,7 +613,7 @@ def draw_runs(root, results, table, seeds):
     rows = [row for row in table.values() if row["n"]]
     if rows:
         save_picture(results.with_name(results.name + "-curves"), curves(root, table, seeds), draw_curves)
-    if len({row["learning_rate"] for row in table.values()}) > 1:
+    if len({(row["variant"], row["size"]) for row in table.values()}) < len(table):  # several rates of one
         save_picture(results.with_name(results.name + "-sensitivity"), sensitivity([*table.values()]), draw_sensitivity)
     for row in rows:
         folder = root / f"{Setting(row['variant'], row['learning_rate'], row['size']).name}-seed0"
