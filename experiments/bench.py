@@ -509,6 +509,8 @@ def main():
         torch.set_num_threads(arguments.threads)
     device = train.choose_device()
     dtype = train.choose_dtype(arguments.dtype, device)
+    if arguments.nanogpt and "training" not in chosen:
+        parser.error("--nanogpt is measured by --training: give that too")
     if arguments.nanogpt and not (device.type == "cpu" and (Path(arguments.nanogpt) / "model.py").is_file()):
         parser.error(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {arguments.nanogpt} on {device}")
     if "memory" in chosen and not Path("/proc/self/clear_refs").exists():

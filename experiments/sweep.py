@@ -16,7 +16,7 @@ experiments/results/laptop/, where each table begins with its command, and exper
     RESULTS=experiments/results/laptop
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1.2e-2,2.5e-2,5e-2,1e-1 --max_steps 300 --extrapolate_to 614400 \\
         --results $RESULTS/rates $LAPTOP                                                   # a run sees 614,400 tokens: nothing is extrapolated
-    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --seeds 6 --snapshots --results $RESULTS/own_rates $LAPTOP
+    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --snapshots --results $RESULTS/own_rates $LAPTOP
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
