@@ -18,6 +18,12 @@ experiments/results/laptop/, where each table begins with its command, and exper
         --results $RESULTS/rates $LAPTOP                                                   # a run sees 614,400 tokens: nothing is extrapolated
     python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --snapshots --results $RESULTS/own_rates $LAPTOP
 
+The data of the tables bytes and cpp-docs there (the second is about 16 million tokens, so that long runs meet none twice):
+
+    python data/prepare.py --source python --tokenizer byte --out_dir data/python-byte
+    git clone --depth 1 https://github.com/MicrosoftDocs/cpp-docs ../cpp-docs
+    python data/prepare.py --source ../cpp-docs/docs --tokenizer bpe --vocab_size 2048 --out_dir data/cpp-docs
+
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
 curve is extrapolated, the more the noise in it counts: look at the spread over seeds in rates.md. Results are tables

@@ -280,3 +280,35 @@ def test_a_task_that_cannot_be_loaded_is_named_in_one_line(folders, tmp_path, ca
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     line = refused(capsys, *common, "--tasks", "piqa")
     assert "task piqa cannot be loaded" in line and "--include_path" in line and "dataset_path: json" in line and not out.exists()
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_a_hugging_face_folder_are_those_of_the_harness_own_model(tmp_path):
+    pytest.importorskip("lm_eval")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, max_position_embeddings=BLOCK, bos_token_id=0, eos_token_id=0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the key of a door, the keys of the doors"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<end>", bos_token="<end>")))
+
+    theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=2)
+    ours = Scorer(*evaluate.open_model(str(tmp_path), "cpu"), batch_size=2)
+    long = "a context that is longer than what the model takes, by far: "
+    pairs = [*PAIRS, ("the key", " of the door"), ("the keys ", "of"), (long, "the doors"), ("", "the key of a door")]
+    ask = lambda kind, arguments: getattr(theirs, kind)([Instance(kind, {}, given, i) for i, given in enumerate(arguments)], disable_tqdm=True)
+    for (total, greedy), (expected, likeliest) in zip(ours.loglikelihood(pairs), ask("loglikelihood", pairs), strict=True):
+        assert (total, greedy) == (pytest.approx(expected, rel=1e-5), likeliest)
+    texts = ["the key of a door", "q", long * 3]
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(ask("loglikelihood_rolling", [(text,) for text in texts]), rel=1e-5)
