@@ -9,7 +9,7 @@ Times are measured where they can be: no roofline is a measurement.
     python experiments/bench.py --training --nanogpt ../nanoGPT --dtype float32
     python experiments/bench.py --decoding
     python experiments/bench.py --memory            # peak memory of a training step against the sequence's length, on the CPU
-    python experiments/bench.py --kernels           # rooflines, and timings on this machine
+    python experiments/bench.py --kernels           # rooflines, and timings on this machine; without a GPU the compiled loops (sm_90), too
     python experiments/bench.py --aot sm_80,sm_90   # the model beside the compiled loops
 
 Read first: attention.py and kernels.py.
@@ -139,7 +139,7 @@ def loop_counts(body, warps):
 
 def print_loop_counts(targets, widths=(64, 128)):
     """Per key block (query block for dk/dv) of one program: the model's bytes and FLOPs beside the compiled loop's, bf16."""
-    print("| target | D | kernel | KB per block, model | compiled | MFLOP per block, model | compiled |")
+    print("\n| target | D | kernel | KB per block, model | compiled | MFLOP per block, model | compiled |")
     print("|---|---|---|---|---|---|---|")
     for target in targets:
         for D in widths:
@@ -164,10 +164,11 @@ def print_loop_counts(targets, widths=(64, 128)):
 # ---- kernels: what this machine measures ----------------------------------------------------------------------------------
 
 
-def seconds_per_call(function, device, repeats=20):
-    """Median over `repeats` calls, after two to warm up; the L2 cache is flushed in between on a GPU."""
-    times, flush = [], torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
-    for i in range(repeats + 2):
+def timed(function, device):
+    """A job for `in_turns`: the seconds of one call, with a GPU's L2 cache flushed before it."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
+
+    def job():
         if device == "cuda":
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -175,12 +176,12 @@ def seconds_per_call(function, device, repeats=20):
             function()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - began)
-    return sorted(times[2:])[repeats // 2]
+            return start.elapsed_time(end) / 1e3
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    return job
 
 
 def print_timings(limits, device, B, T, S, H, D, n):
@@ -208,28 +209,29 @@ def print_timings(limits, device, B, T, S, H, D, n):
     jobs += [("decode", f"all {H} heads cached, SDPA alone", plain_step, large.flops, large.bytes),
              ("decode", f"{n} of {H} heads cached, mea_decode", step("auto"), small.flops, small.bytes),
              ("decode", f"{n} of {H} heads cached, reference", step("reference"), small.flops, small.bytes)]
-    measured = {job[:2]: seconds_per_call(job[2], device) for job in jobs}
+    measured = {}
+    for kind in dict.fromkeys(job[0] for job in jobs):  # in turns: what is compared meets the same moments of a busy machine
+        measured |= in_turns({job[:2]: timed(job[2], device) for job in jobs if job[0] == kind}, rounds=20)
     print(f"\nMeasured: {torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, {dtype}, "
           f"B={B} T={T} H={H} D={D}, {S} cached positions, torch {torch.__version__}; TFLOP/s and GB/s count the model's work"
           + (f" (limits {limits.flops / 1e12:.0f} and {limits.bytes_per_second / 1e9:.0f})" if device == "cuda" else "") + "\n")
     print("| step | path | ms | ratio to SDPA alone | TFLOP/s | GB/s |")
     print("|---|---|---|---|---|---|")
     for kind, name, _, flops, moved in jobs:
-        seconds = measured[kind, name]
-        baseline = next(value for (other, label), value in measured.items() if other == kind and "SDPA alone" in label)
-        rates = f"{flops / seconds / 1e12:.3f} | {moved / seconds / 1e9:.1f}"
-        print(f"| {kind} | {name} | {seconds * 1e3:.3f} | {seconds / baseline:.2f} | {rates} |")
+        base = next(job[:2] for job in jobs if job[0] == kind and "SDPA alone" in job[1])
+        seconds = statistics.median(measured[kind, name])
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(measured[kind, name], measured[base])], n=4)
+        ratio = "" if base == (kind, name) else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| {kind} | {name} | {seconds * 1e3:.3f} | {ratio} | {flops / seconds / 1e12:.3f} | {moved / seconds / 1e9:.1f} |")
 
 
-def bench_kernels():
-    limits = Limits()
-    print_rooflines(limits)
+def time_kernels():
     if torch.cuda.is_available():
         for D in (64, 128):
-            print_timings(limits, "cuda", B=8, T=2048, S=8192, H=16, D=D, n=4)
+            print_timings(Limits(), "cuda", B=8, T=2048, S=8192, H=16, D=D, n=4)
     else:
         print("\nNo GPU here: the Triton kernels are not timed, only the paths that a CPU takes.")
-        print_timings(limits, "cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
+        print_timings(Limits(), "cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
 
 
 # ---- models: training, decoding, memory -----------------------------------------------------------------------------------
@@ -493,7 +495,7 @@ def main():
     parser.add_argument("--training", action="store_true", help="a training step of every variant, as a ratio to MHA")
     parser.add_argument("--decoding", action="store_true", help="tokens per second against the context: cached, uncached, compressed, absorbed, composed")
     parser.add_argument("--memory", action="store_true", help="peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
-    parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine")
+    parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine; on a CPU, the loops compiled for sm_90 as well")
     parser.add_argument("--aot", metavar="TARGETS", help="compile for these NVIDIA targets (sm_80,sm_90) and count what the loops do")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT, whose model --training measures beside ours (on the CPU)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of --training, as train.py's")
@@ -515,15 +517,19 @@ def main():
         parser.error(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {arguments.nanogpt} on {device}")
     if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
         parser.error("--memory reads Linux's /proc/self/status, which is not here: choose --training and --decoding")
+    compiles = kernels.triton is not None and not kernels.triton.knobs.runtime.interpret
+    targets = arguments.aot.split(",") if arguments.aot else ["sm_90"] if arguments.kernels and device.type == "cpu" and compiles else []
     if arguments.aot:
-        targets = arguments.aot.split(",")
         if unknown := [target for target in targets if not target.startswith("sm_") or target not in kernels.TARGETS]:
             parser.error(f"--aot does not know {', '.join(unknown)}")
-        if kernels.triton is None or kernels.triton.knobs.runtime.interpret:
+        if not compiles:
             parser.error("--aot needs triton (pip install triton), without TRITON_INTERPRET in the environment")
+    if arguments.kernels:
+        print_rooflines(Limits())
+    if targets:
         print_loop_counts(targets)
     if arguments.kernels:
-        bench_kernels()
+        time_kernels()
     if not chosen:
         return
     results, command = ROOT / arguments.results, " ".join(["python experiments/bench.py", *sys.argv[1:]])

@@ -36,11 +36,11 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class Run:
     step_flops: float
 
     def start(self):
-        """Run or go on; the text goes to a file beside the folder. Raises SystemExit if it fails other than by diverging."""
+        """The process of the run, new or resumed; its text goes to a file beside the folder."""
         command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(self.folder)]
         if (self.folder / "checkpoint.pt").exists():
             command += ["--resume"]
@@ -121,9 +121,7 @@ class Run:
             (self.folder / "compose.npz").unlink(missing_ok=True)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self.folder}.log", "a") as log:
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code and not diverged(self.folder):
-            raise SystemExit(f"error: {' '.join(command)} ended with {code}: see {self.folder}.log")
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C is for the sweep, which tells its runs once
 
     def steps_left(self):
         """As the run stands now, or will when it is resumed from its last regular checkpoint."""
@@ -180,26 +178,35 @@ def planned(setting, seed, root, rest):
 
 
 def run_all(runs, jobs, at_end, snapshots=False):
-    """Run what is not finished, `jobs` at a time, and call `at_end` after each. Time is foretold from FLOPs done since the start."""
+    """Run what is not finished, `jobs` at a time, and call `at_end` after each. Time is foretold from FLOPs done since the start.
+
+    A run that fails, other than by diverging, ends the sweep: SystemExit. However it ends, no run is left going: they save and stop.
+    """
     waiting = [run for run in runs if run.steps_left()]
     flops_left = lambda: sum(run.step_flops * run.steps_left() for run in waiting)
-    first, began, shown = flops_left(), time.monotonic(), 0
-    with ThreadPoolExecutor(jobs) as pool:
-        going = {pool.submit(run.start) for run in waiting}
-        try:
-            while going:
-                ended, going = wait(going, timeout=1 if snapshots else 10, return_when=FIRST_COMPLETED)
-                for run in waiting if snapshots else []:
-                    snapshot(run.folder)
-                for future in ended:
-                    future.result()  # a run that failed ends the sweep
-                if ended:
-                    at_end()
-                if ended or time.monotonic() - shown > 60:
-                    shown = time.monotonic()
-                    print(progress(len(runs), sum(run.steps_left() > 0 for run in waiting), shown - began, first, flops_left()), flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    queue, going, first, began, shown = [*waiting], [], flops_left(), time.monotonic(), 0
+    try:
+        while queue or going:
+            while queue and len(going) < jobs:
+                run = queue.pop(0)
+                going.append((run, run.start()))
+            time.sleep(0.2)
+            for run in waiting if snapshots else []:
+                snapshot(run.folder)
+            ended = [pair for pair in going if pair[1].poll() is not None]
+            for run, process in ended:
+                going.remove((run, process))
+                if process.returncode and not diverged(run.folder):
+                    raise SystemExit(f"error: {' '.join(process.args)} ended with {process.returncode}: see {run.folder}.log")
+                at_end()
+            if ended or time.monotonic() - shown > 60:
+                shown = time.monotonic()
+                print(progress(len(runs), sum(run.steps_left() > 0 for run in waiting), shown - began, first, flops_left()), flush=True)
+    finally:
+        for _, process in going:
+            process.terminate()
+        for _, process in going:
+            process.wait()
 
 
 def progress(runs, runs_left, seconds, work, work_left):
@@ -720,11 +727,17 @@ def main(argv=None):
             write(results, command, markdown(table), table=table)
         return table
 
+    def stop(number, _):
+        print("\nstopped: the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, stop) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores one
     try:
         run_all(runs, a.jobs, tabulate, a.snapshots)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on", file=sys.stderr)
-        raise SystemExit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     draw_runs(root, results, tabulate(), a.seeds)
     print(results.with_suffix(".md").read_text())
 

@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -148,14 +152,40 @@ def test_finished_runs_are_kept_killed_ones_go_on_and_the_time_left_is_theirs(tm
             path.unlink()
         folder.exists() and folder.rmdir()
         fake_run(folder, range(40, 0, -1))
-        return type("Result", (), dict(returncode=0))
+        return types.SimpleNamespace(returncode=0, poll=lambda: 0)
 
-    monkeypatch.setattr(sweep.subprocess, "run", pretend)
+    monkeypatch.setattr(sweep.subprocess, "Popen", pretend)
     sweep.run_all([*runs.values()], 1, lambda: None)
     assert sorted(commands) == [("early", False), ("killed", True), ("new", False)]
     assert capsys.readouterr().out.splitlines()[-1] == "5/5 runs, ETA 0 min"
     assert sweep.progress(10, 4, seconds=120, work=100, work_left=60) == "6/10 runs, ETA 3 min"
     assert sweep.progress(10, 4, seconds=120, work=100, work_left=100) == "6/10 runs, ETA unknown yet"
+
+
+def test_a_run_that_fails_ends_the_sweep_and_stops_the_others(tmp_path, monkeypatch):
+    scripts, started = {"fails": "raise SystemExit(2)", "lives": "import time; time.sleep(60)", "waits": ""}, []
+
+    def start(run):
+        started.append(subprocess.Popen([sys.executable, "-c", scripts[run.folder.name]]))
+        return started[-1]
+
+    monkeypatch.setattr(sweep.Run, "start", start)
+    with pytest.raises(SystemExit, match="ended with 2: see .*fails.log"):
+        sweep.run_all([sweep.Run(tmp_path / name, [], 40, 5, 10, 1.0) for name in scripts], 2, lambda: None)
+    assert [process.returncode for process in started] == [2, -signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_each_has_saved(number, tmp_path, data):
+    command = [sys.executable, sweep.__file__, "--variants", "mha,mea", "--seeds", "1", "--jobs", "2", "--preset", "tiny", "--max_steps", "100000", "--threads", "1",
+               "--device", "cpu", "--data_dir", data, "--out_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "losses")]  # fmt: skip
+    logs = [tmp_path / "runs" / f"{variant}-seed0.log" for variant in ("mha", "mea")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while process.poll() is None and not all(log.exists() and "step     1/" in log.read_text() for log in logs):
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert "the same command goes on" in process.communicate(timeout=60)[0] and process.returncode == 128 + number
+    assert all("stopped by SIGTERM" in log.read_text() and "saved" in log.read_text() for log in logs)
 
 
 @pytest.mark.parametrize(("options", "message"), [
