@@ -284,7 +284,8 @@ def test_a_task_that_cannot_be_loaded_is_named_in_one_line(folders, tmp_path, ca
 
 @pytest.mark.slow
 def test_log_likelihoods_of_a_hugging_face_folder_are_those_of_the_harness_own_model(tmp_path):
-    pytest.importorskip("lm_eval")
+    for library in ("lm_eval", "accelerate"):  # pip install "lm-eval[hf]"
+        pytest.importorskip(library)
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
