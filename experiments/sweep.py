@@ -25,9 +25,10 @@ The data of the tables bytes and cpp-docs there (the second is about 16 million 
     python data/prepare.py --source ../cpp-docs/docs --tokenizer bpe --vocab_size 2048 --out_dir data/cpp-docs
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
-repeated until it is done; the table is of the runs that are finished. Options it does not know go to train.py. The further a
-curve is extrapolated, the more the noise in it counts: look at the spread over seeds in rates.md. Results are tables
-(.json, .md) and, with matplotlib, pictures (.png), each with its numbers in a .json beside it.
+repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the runs that are finished.
+Options it does not know go to train.py. The further a curve is extrapolated, the more the noise in it counts: look at the
+spread over seeds in rates.md. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each with its numbers in
+a .json beside it.
 """
 
 import argparse
