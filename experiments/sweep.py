@@ -122,7 +122,8 @@ class Run:
             (self.folder / "compose.npz").unlink(missing_ok=True)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self.folder}.log", "a") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C is for the sweep, which tells its runs once
+            # In a session of its own: Ctrl-C reaches the sweep alone, which tells its runs once; told twice, they would not save.
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def steps_left(self):
         """As the run stands now, or will when it is resumed from its last regular checkpoint."""
@@ -192,9 +193,9 @@ def run_all(runs, jobs, at_end, snapshots=False):
                 run = queue.pop(0)
                 going.append((run, run.start()))
             time.sleep(0.2)
-            for run in waiting if snapshots else []:
-                snapshot(run.folder)
             ended = [pair for pair in going if pair[1].poll() is not None]
+            for run, _ in going if snapshots else []:  # those that ended, too: their last checkpoint is there now
+                snapshot(run.folder)
             for run, process in ended:
                 going.remove((run, process))
                 if process.returncode and not diverged(run.folder):

@@ -270,6 +270,28 @@ def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch):
     assert {row["name"] for row in committed if row["section"].startswith("decoding")} == {*bench.DECODED}
 
 
+def test_kernel_timings_compare_every_path_with_plain_attention(capsys):
+    bench.print_timings(bench.Limits(), "cpu", B=1, T=16, S=16, H=4, D=16, n=2)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [kind for kind, *_ in rows] == ["forward"] * 3 + ["forward + backward"] * 3 + ["decode"] * 3
+    assert [("SDPA alone" in name, ratio == "") for _, name, _, ratio, *_ in rows] == [(True, True), (False, False), (False, False)] * 3
+    for _, _, ms, ratio, *_ in rows:
+        middle, low, high = map(float, ratio.translate(str.maketrans("()to", "    ")).split() or [1, 1, 1])
+        assert float(ms) >= 0 and 0 < low <= middle <= high
+
+
+@pytest.mark.parametrize(("options", "targets"), [(["--kernels"], ["sm_90"]), (["--aot", "sm_80"], ["sm_80"]), (["--kernels", "--aot", "sm_80"], ["sm_80"])])
+def test_without_a_gpu_the_kernels_are_shown_compiled(options, targets, monkeypatch):
+    called = {}
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+    monkeypatch.setattr(bench.kernels, "triton", types.SimpleNamespace(knobs=types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))))
+    monkeypatch.setattr(bench.train, "choose_device", lambda: torch.device("cpu"))
+    for name in ("print_rooflines", "print_loop_counts", "time_kernels"):
+        monkeypatch.setattr(bench, name, lambda *arguments, name=name: called.update({name: arguments}))
+    bench.main()
+    assert called["print_loop_counts"] == (targets,) and ("time_kernels" in called) == ("print_rooflines" in called) == ("--kernels" in options)
+
+
 def test_nanogpts_shape_has_the_parameters_it_should():
     V, L, H, C, T = 50, 2, 2, 16, 8
     model = bench.GPT2Shape(V, L, H, C, T)
