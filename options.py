@@ -1,0 +1,230 @@
+"""What every program here shares: a dataclass as its command line, errors in one line, the machine it runs on.
+
+The options of a program are the fields of one dataclass: `option` declares one, `parse_options` reads the command line, and
+`check_options` holds values to their declared types and bounds. Nothing here depends on another file of this repository.
+Import this file before torch: it sets how torch's threads wait.
+"""
+
+import os
+
+# Threads that wait soon go to sleep, unless the environment says otherwise. Spinning, the default, can be 30 times slower on
+# a busy machine; never spinning loses a tenth on an idle one. OpenMP reads this once, when torch is loaded.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import sys
+from dataclasses import field, fields
+from pathlib import Path
+from typing import get_args
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def option(default, help, choices=None, least=None, most=None, above=None, below=None):
+    """A dataclass field that `parse_options` turns into --name. Bounds: least <= value <= most, above < value < below."""
+    return field(
+        default=default, metadata=dict(help=help, choices=choices, least=least, most=most, above=above, below=below)
+    )
+
+
+def parse_options(cls, argv=None, presets=None):
+    """An instance of dataclass `cls` from the command line, and the set of names that were given there.
+
+    Every field with a help text and a scalar type is an option. A preset (--preset, looked up in `presets`) changes
+    defaults; what is given beside it wins. Anything wrong ends the program with one line and exit code 2.
+    """
+    program = sys.modules[cls.__module__]
+    parser = OneLineParser(
+        description=program.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for f in fields(cls):
+        kind = next((k for k in (bool, int, float, str) if k in (get_args(f.type) or (f.type,))), None)
+        if kind is None or "help" not in f.metadata:
+            continue
+        help = f.metadata["help"].replace("%", "%%") + ("" if f.default in (None, "") else f" (default {f.default})")
+        if kind is bool:
+            how = dict(nargs="?", const=True, type=yes_or_no, metavar="yes|no")
+        elif f.metadata["choices"]:
+            how = dict(type=kind, choices=f.metadata["choices"])
+        else:
+            how = dict(type=kind, metavar=kind.__name__)
+        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
+    given = vars(parser.parse_args(argv))
+    chosen = {}
+    if presets:
+        chosen = presets[given.get("preset") or next(f.default for f in fields(cls) if f.name == "preset")]
+    try:
+        return check_options(cls(**{**chosen, **given})), set(given)
+    except ValueError as error:
+        fail(error)
+
+
+def check_options(options):
+    """`options`, a dataclass. Raises ValueError, naming field, value and what would do, for a value of another type than
+    declared, a number that is not finite or beyond 64 bits, or one outside the declared choices or bounds.
+    """
+    for f in fields(options):
+        value, kinds, limits = getattr(options, f.name), get_args(f.type) or (f.type,), f.metadata
+        right = type(value) in kinds or type(value) is int and float in kinds
+        if not right:
+            wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{f.name} must be {wanted}, not {repr(value)[:60]}")
+        if limits.get("choices") and value is not None and value not in limits["choices"]:
+            raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value[:60]!r}")
+        if type(value) not in (int, float):
+            continue
+        bounds = [
+            *([f"at least {limits['least']}"] if limits.get("least") is not None else []),
+            *([f"above {limits['above']}"] if limits.get("above") is not None else []),
+            *([f"at most {limits['most']}"] if limits.get("most") is not None else []),
+            *([f"below {limits['below']}"] if limits.get("below") is not None else []),
+        ]
+        inside = (
+            (limits.get("least") is None or value >= limits["least"])
+            and (limits.get("above") is None or value > limits["above"])
+            and (limits.get("most") is None or value <= limits["most"])
+            and (limits.get("below") is None or value < limits["below"])
+        )
+        if not inside or not math.isfinite(value) or abs(value) >= 2**63:
+            shown = value if abs(value) < 2**63 or type(value) is float else f"a number of {value.bit_length()} bits"
+            raise ValueError(f"{f.name} must be {' and '.join(bounds) or 'a finite number'}, not {shown}")
+    return options
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists the options)")
+
+
+def yes_or_no(text):
+    if text.lower() in ("yes", "true", "1", "on"):
+        return True
+    if text.lower() in ("no", "false", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+
+
+def fail(message):
+    """End the program: one line on standard error, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_program(main):
+    """Run `main()` as a well-behaved command: Ctrl-C and a reader that goes away end it without a traceback, and a
+    terminal that cannot show a character shows another one."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `program | head`
+        silence_output()
+        sys.exit(141)
+
+
+def say(text="", end="\n"):
+    """Print now. Where nobody reads any more, a program with work to finish goes on in silence."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        silence_output()
+
+
+def silence_output():
+    """Standard output goes nowhere from here on, what Python flushes at its end included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(name="auto"):
+    """torch.device for an option's text. Raises ValueError if this machine has no such device."""
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun each process takes the GPU of its rank
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and not several
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if several and name not in ("cpu", "cuda"):
+        raise ValueError(f"several processes train on cpu or cuda, where each takes a GPU of its own, not on {name}")
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not available here; leave --device out or use cpu") from error
+    return device
+
+
+def choose_dtype(name, device):
+    """The autocast dtype: "auto" is bfloat16 where the hardware multiplies it faster than float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:  # without bfloat16 instructions a CPU would convert back and forth
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    import torch
+
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_json(path, max_bytes=64 << 20):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, in one line, for anything that is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
+    if len(content) > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes} bytes, which is no file of this kind")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path, text):
+    """Write a text file beside its place, flush it to the disk and rename it: at any moment the old file or the new."""
+    new = Path(path).with_name(Path(path).name + ".tmp")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
