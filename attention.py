@@ -1,15 +1,21 @@
 """Four attentions side by side: MHA, Talking-Heads, Differential and Multi-head Explicit Attention.
 
-Start with `MHA`, then read `MEA`: they differ by two small matrices. `TalkingHeads` and `DFA` are the neighbours
-that MEA is compared with. Run `python attention.py` for a table of what each costs; read `model.py` next, and
-`kernels.py`, which MEA takes on a GPU, when you want to know how it is made fast.
+Everything they share is in `Attention`; below it, each variant is its formula. Start with `MHA`, then read `MEA`: they
+differ by two small matrices. Run `python attention.py` for a table of what each costs; read `model.py` next, and
+`kernels.py` when you want to know how it is made fast.
 
-Letters in shapes: B batch, T new positions, S positions so far (cached ones included), C model width, H heads,
-Hc component heads (the ones that are projected and cached), D head width.
+Five terms
+    component head      a head that is projected from the input; its keys and values are what a cache holds
+    composite head      a head that attends: a learned mix of components; "virtual" if it exists only while it is read
+    cached head         a component whose keys (after RoPE) and values stay in memory while text is written
+    composition matrix  (Hc, H) numbers: how much of component c goes into head h; one for keys, one for values
+    head norm           RMSNorm of each head's output by itself, before the output projection
 
-Every class has the same form,  forward(x, rope, cache=None): (B, T, C) -> (B, T, C),  and reads these fields of its
-config (`model.GPTConfig` or anything that has them): n_embd, n_head, head_dim, kv_heads (one (keys, values) pair per
-layer), head_norm, qk_norm, norm_eps, dropout, attention_bias, mea_form. `cache` is one layer of a `model.KVCache`.
+Letters in shapes: B batch, T new positions, S positions so far (cached ones included), C model width, H heads, Hc
+component heads, D head width.
+
+To add a variant, write a class of about ten lines and give it a name in `ATTENTION`; every program and every generic
+test then takes it.
 """
 
 import math
@@ -19,57 +25,46 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import compose_heads, mea_attention, mea_decode
+from kernels import mea_attention, mea_decode
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the four share
+# The idea
 
 
-def rope_table(length, dim, theta=10000.0, scaling=None):
+def compose_heads(components, weight):
+    """Head-level linear composition (HLC): every head becomes a learned mix of all component heads.
+
+    out_h = sum_c weight[c, h] components_c   (2601.19611, eq. 10): (B, Hc, ..., D), (Hc, H) -> (B, H, ..., D).
+    The same mix at every position and of every feature, so it commutes with RoPE (eq. 13).
+    """
+    return torch.einsum("bc...,ch->bh...", components, weight.to(components.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the variants share
+
+
+def rope_table(length, dim, theta=10000.0, frequencies=None):
     """cos and sin of the rotary embedding (RoFormer, 2104.09864), each (length, 1, dim): the same for every head.
 
-    Pair i of a head is (x[i], x[i + dim/2]), the half-rotation convention of Llama checkpoints, and turns by
-    position * theta^(-2i/dim), or slower: see `scale_frequency`. The sign of the rotation is folded into the first half of
+    Pair i of a head is (x[i], x[i + dim/2]), the half-rotation convention of Llama checkpoints. It turns by
+    position * frequencies[i], by default theta^(-2i/dim). The sign of the rotation is folded into the first half of
     sin: see `apply_rope`.
     """
-    frequency = scale_frequency(theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), scaling)
+    if frequencies is None:
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    else:
+        frequency = torch.tensor(frequencies, dtype=torch.float64)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)[:, None]  # (length, 1, D/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return cos.float(), sin.float()
 
 
-def scale_frequency(frequency, scaling):
-    """The frequencies (D/2) as a model's long-context training slowed them; `scaling` is a dict as in Hugging Face's config.json, or None.
-
-    "linear" (2306.15595): frequency / factor. "llama3" (Llama 3.1): pairs that turn fewer than low_freq_factor times within
-    original_max_position_embeddings are divided by factor, those that turn more than high_freq_factor times stay, and
-    between the two the share that stays grows linearly in the number of turns. Raises ValueError for any other rope_type.
-    """
-    if scaling is None:
-        return frequency
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    if kind not in [*needed]:
-        raise ValueError(f"rope_type {kind!r} is not implemented: default, {' and '.join(needed)} are")
-    for name in needed[kind]:
-        if not isinstance(scaling.get(name), (int, float)) or not 0 < scaling[name] < math.inf:
-            raise ValueError(f"rope_type {kind} needs a positive {name}, not {scaling.get(name)!r}")
-    if kind == "linear":
-        return frequency / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    if low >= high:
-        raise ValueError(f"rope_type llama3 needs a low_freq_factor below its high_freq_factor, not {low} and {high}")
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    stays = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (stays + (1 - stays) / scaling["factor"])
-
-
 def apply_rope(x, rope):
     """Rotate heads x (B, T, H, D) by the (cos, sin) of their positions, each (T, 1, D) or (B, T, 1, D).
 
-    With x = (a, b) in halves: (a cos - b sin, b cos + a sin). Linear and the same for every head, so it commutes with
-    a composition of heads (MEA, eq. 13).
+    With x = (a, b) in halves: (a cos - b sin, b cos + a sin). Linear and the same for every head.
     """
     cos, sin = rope
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * sin.to(x.dtype)
@@ -86,7 +81,8 @@ def causal_mask(T, S, positions=None, device=None):
 
 
 def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None):
-    """softmax(Q K^T / sqrt(D)) V, causal, in PyTorch's fused kernels: (B, H, T, D) from q (B, H, T, D), k, v (B, n, S, D).
+    """softmax(Q K^T / sqrt(D)) V, causal, in PyTorch's fused kernels: (B, H, T, D) from q (B, H, T, D), k, v (B, n, S,
+    D).
 
     n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
     places of the queries when the rows of a batch have different lengths; without them the queries are the last T.
@@ -95,10 +91,10 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None):
     mask = None
     if positions is not None or 1 < T < S:  # one query that is the last position may see everything: no mask
         mask = causal_mask(T, S, positions, q.device)
+    causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=dropout, scale=scale,
-        enable_gqa=k.size(1) != q.size(1),
-    )  # fmt: skip
+        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
 
 
 def rms_norm(x, weight, eps):
@@ -116,7 +112,8 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = torch.rsqrt(length.square() / x.size(-1) + eps).to(x.dtype)
         ctx.save_for_backward(x, weight, inverse)
         return x * inverse * weight.to(x.dtype)
@@ -132,7 +129,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned gain. A layer's QK-norm (Qwen3) is two of them, over the width of a head: see `MHA`."""
+    """`rms_norm` with a learned gain."""
 
     def __init__(self, shape, eps):
         super().__init__()
@@ -146,55 +143,163 @@ class RMSNorm(nn.Module):
 class HeadNorm(RMSNorm):
     """RMSNorm of each head's output by itself, with a gain per head and feature: the paper's GroupNorm (section 4.1).
 
-    (B, T, H, D) -> (B, T, H, D).
+    (B, T, H, D) -> (B, T, H, D), times a constant `scale`.
     """
 
     def __init__(self, n_head, head_dim, eps):
         super().__init__((n_head, head_dim), eps)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) if self.scale == 1 else super().forward(x) * self.scale
+
+
+class Attention(nn.Module):
+    """Projections, QK-norm, RoPE, cache, head norm and output projection around a variant's `attend`.
+
+    forward(x, rope, cache=None): (B, T, C) -> (B, T, C). `config` is a `model.GPTConfig`, `rope` the (cos, sin) of the
+    new positions, `cache` one layer of a `model.KVCache`. With config.qk_norm every query and key head goes through an
+    RMSNorm before RoPE; one gain (D) serves all heads (Qwen3). Raises ValueError for head counts it cannot have.
+
+    A variant overrides `attend`, and says here what others must know of it:
+    """
+
+    head_norm_by_default = False  # where config.head_norm is None
+    outputs = 1  # heads that go into one output head, which is as many times as wide
+    incompressible = ""  # why compress.py cannot halve its cache; None: it can. Not inherited: see below
+
+    def __init_subclass__(cls):
+        if "incompressible" not in vars(cls):  # what held for the parent may not hold for what a child adds to it
+            cls.incompressible = "compress.py does not know how it reads keys and values"
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.n_k, self.n_v = config.kv_heads(layer)
+        self.check_heads(self.n_head, self.n_k, self.n_v)
+        heads = self.n_head * self.head_dim
+        self.q_proj = nn.Linear(config.n_embd, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.n_embd, self.n_k * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.n_embd, self.n_v * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        wide = self.n_head // self.outputs, self.head_dim * self.outputs
+        self.head_norm = HeadNorm(*wide, config.norm_eps) if config.head_norm else nn.Identity()
+
+    @classmethod
+    def check_heads(cls, n_head, n_k, n_v):
+        """Raise ValueError for numbers of query, key and value heads that the variant cannot have."""
+        if n_k != n_v or n_head % n_k:
+            shown = n_k if n_k == n_v else (n_k, n_v)
+            raise ValueError(f"n_kv_head {shown} must divide n_head {n_head} for {cls.__name__} (mea takes any)")
+
+    @classmethod
+    def flops_per_token(cls, config, layer, T):
+        """Forward and backward FLOPs of one token's attention beside its projections.
+
+        A query sees T/2 keys on average and pays 2D for a score and 2D for its value: 6 T H D with the backward.
+        """
+        return 6 * T * config.n_head * config.head_dim
+
+    @property
+    def drop(self):
+        return self.config.dropout if self.training else 0.0
+
+    def forward(self, x, rope, cache=None):
+        B, T, _ = x.shape
+        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
+        k, v = (heads.view(B, T, -1, self.head_dim) for heads in self.project(x, cache))  # (B, T, n, D)
+        k = apply_rope(self.k_norm(k), rope)
+        positions = None
+        if cache is not None:
+            k, v, positions = cache.append(k, v)  # (B, S, n, D)
+        y = self.normed_heads(x, *(heads.transpose(1, 2) for heads in (q, k, v)), positions)  # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))
+
+    def project(self, x, cache):
+        """Keys (B, T, n_k*D) and values (B, T, n_v*D)."""
+        return self.k_proj(x), self.v_proj(x)
+
+    def normed_heads(self, x, q, k, v, positions):
+        """The heads' outputs side by side, normed: (B, T, H, D)."""
+        return self.head_norm(self.attend(x, q, k, v, positions).transpose(1, 2))
+
+    def attend(self, x, q, k, v, positions):
+        """Rotated queries (B, H, T, D), all keys (B, n_k, S, D) and values (B, n_v, S, D) so far -> outputs (B, H, T,
+        D).
+
+        `positions` (B, T) where rows differ in length, otherwise None; `x` (B, T, C) for a gate computed from it.
+        """
+        raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four
 
 
-class MHA(nn.Module):
+class MHA(Attention):
     """Multi-head attention (1706.03762); grouped-query for fewer key/value heads (2305.13245), multi-query for one.
 
     C_h = softmax(Q_h K_g(h)^T / sqrt(D)) V_g(h),   output = Concat(C_1 .. C_H) W^O,   g(h) = h * n_kv // H.
-
-    With config.qk_norm every query and key head goes through an RMSNorm before RoPE; one gain (D) serves all heads (Qwen3).
     """
 
+    incompressible = None
+
+    def attend(self, x, q, k, v, positions):
+        return causal_attention(q, k, v, positions, self.drop)
+
+
+class DFA(Attention):
+    """Differential attention (2410.05258): the difference of two attention maps cancels what both attend to.
+
+    H/2 heads, each with two query/key groups of width D and one value of width 2D:
+    C_h = (softmax(Q1 K1^T / sqrt(D)) - lambda softmax(Q2 K2^T / sqrt(D))) V,
+    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 layer),
+    output = Concat((1 - lambda_init) HeadNorm(C_h)) W^O; the factor belongs to the norm and goes with it.
+
+    The authors' code shares one norm gain (2D) among all heads, with eps 1e-5; here each head has its own. With grouped
+    keys it pairs heads as the authors' flash classes do (neighbours); their plain class pairs them otherwise.
+    """
+
+    head_norm_by_default = True
+    outputs = 2
+    incompressible = "its two attention maps share one value, and their difference reads keys in pairs"
+
     def __init__(self, config, layer=0):
-        super().__init__()
-        self.n_head, self.head_dim, self.dropout = config.n_head, config.head_dim, config.dropout
-        self.n_kv, n_v = config.kv_heads(layer)
-        if self.n_kv != n_v or self.n_head % self.n_kv:
-            raise ValueError(f"mha needs equally many key and value heads that divide n_head {self.n_head}, not {self.n_kv} and {n_v}")
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
+        super().__init__(config, layer)
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.randn(self.head_dim) * 0.1) for _ in range(4)
+        )
+        self.head_norm.scale = 1 - self.lambda_init
 
-    def forward(self, x, rope, cache=None):
-        B, T, _ = x.shape
-        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
-        k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, self.n_kv, self.head_dim)), rope)
-        v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.append(k, v)  # (B, S, n_kv, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, positions, D)
-        y = causal_attention(q, k, v, positions, self.dropout if self.training else 0.0)
-        y = self.head_norm(y.transpose(1, 2))  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))
+    @classmethod
+    def check_heads(cls, n_head, n_k, n_v):
+        if n_head % 2 or n_k % 2:
+            raise ValueError(f"dfa pairs its heads: n_head {n_head} and n_kv_head {n_k} must be even")
+        super().check_heads(n_head, n_k, n_v)
+
+    @classmethod
+    def flops_per_token(cls, config, layer, T):
+        return 9 * T * config.n_head * config.head_dim  # H maps, as in MHA, but each reads a value of width 2D
+
+    def lambda_now(self):
+        # An elementwise product and a sum: autocast would round a dot product to bfloat16, 4.5 % off in layer 0.
+        first, second = (self.lambda_q1 * self.lambda_k1).sum(), (self.lambda_q2 * self.lambda_k2).sum()
+        return torch.exp(first) - torch.exp(second) + self.lambda_init
+
+    def attend(self, x, q, k, v, positions):
+        D = self.head_dim
+        v = v.transpose(1, 2).unflatten(2, (-1, 2)).flatten(3).transpose(1, 2)  # neighbours joined: (B, n/2, S, 2D)
+        # Fused kernels want q, k and v equally wide: zeros behind q and k change no score (the scale stays that of D).
+        q, k = F.pad(q, (0, D)), F.pad(k, (0, D))
+        first, second = (causal_attention(q[:, i::2], k[:, i::2], v, positions, self.drop, D**-0.5) for i in (0, 1))
+        return first - self.lambda_now().to(first.dtype) * second  # (B, H/2, T, 2D)
 
 
-class TalkingHeads(nn.Module):
+class TalkingHeads(Attention):
     """Talking-Heads attention (2003.02436): heads exchange logits before the softmax and weights after it.
 
     L_h = Q_h K_h^T / sqrt(D),   A_g = softmax(mask(sum_h P[h, g] L_h)),   C_f = (sum_g R[g, f] A_g) V_f,
@@ -204,244 +309,216 @@ class TalkingHeads(nn.Module):
     is linear in the sequence.
     """
 
+    incompressible = "it mixes attention maps, so a head's keys cannot be turned alone"
     block = 128
 
     def __init__(self, config, layer=0):
-        super().__init__()
-        self.n_head, self.head_dim, self.dropout = config.n_head, config.head_dim, config.dropout
-        self.n_kv, n_v = config.kv_heads(layer)
-        if self.n_kv != n_v or self.n_head % self.n_kv:
-            raise ValueError(f"tha needs equally many key and value heads that divide n_head {self.n_head}, not {self.n_kv} and {n_v}")
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        super().__init__(config, layer)
         self.mix_logits = nn.Parameter(torch.eye(self.n_head))
         self.mix_weights = nn.Parameter(torch.eye(self.n_head))
-        self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
 
-    def attend(self, q, k, v, positions):
-        """q (B, H, T, D), k and v (B, H, S, D), positions of the queries (1 or B, T) -> (B, H, T, D): the formula as it stands."""
-        mask = causal_mask(q.size(2), k.size(2), positions)  # (1 or B, 1, T, S); made here so that it is recomputed, too
+    @classmethod
+    def flops_per_token(cls, config, layer, T):  # two mixes, 2H for each of H scores of T/2 keys
+        return super().flops_per_token(config, layer, T) + 6 * T * config.n_head**2
+
+    def attend_block(self, q, k, v, positions):
+        """q (B, H, T, D), k and v (B, H, S, D), positions of the queries (1 or B, T): the formula as it stands."""
+        mask = causal_mask(
+            q.size(2), k.size(2), positions
+        )  # (1 or B, 1, T, S); made here so that it is recomputed, too
         logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
-        logits = compose_heads(logits, self.mix_logits)  # the same map between heads, of scores instead of keys
+        logits = mix_maps(logits, self.mix_logits)
         logits = logits.masked_fill(~mask, -math.inf)  # after the mix: mixing -inf would give NaN
-        weights = compose_heads(logits.softmax(-1), self.mix_weights)
-        return F.dropout(weights, self.dropout, self.training) @ v
+        weights = mix_maps(logits.softmax(-1), self.mix_weights)
+        return F.dropout(weights, self.drop) @ v
 
-    def forward(self, x, rope, cache=None):
-        B, T, _ = x.shape
-        q = apply_rope(self.q_proj(x).view(B, T, self.n_head, self.head_dim), rope)
-        k = apply_rope(self.k_proj(x).view(B, T, self.n_kv, self.head_dim), rope)
-        v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.append(k, v)  # (B, S, n_kv, D)
-        k, v = (heads.repeat_interleave(self.n_head // self.n_kv, dim=2) for heads in (k, v))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, positions, D)
-        S, blocks = k.size(2), []
+    def attend(self, x, q, k, v, positions):
+        k, v = (heads.repeat_interleave(self.n_head // self.n_k, dim=1) for heads in (k, v))  # (B, H, S, D)
+        T, S, outputs = q.size(2), k.size(2), []
         for start in range(0, T, self.block):
             stop = min(start + self.block, T)
             seen = S if positions is not None else S - T + stop  # later keys are masked for the whole block
-            where = torch.arange(seen - (stop - start), seen, device=x.device)[None] if positions is None else positions[:, start:stop]
-            operands = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], where
-            if T > self.block and torch.is_grad_enabled():
-                blocks.append(checkpoint(self.attend, *operands, use_reentrant=False))
+            if positions is None:
+                query_positions = torch.arange(seen - (stop - start), seen, device=q.device)[None]
             else:
-                blocks.append(self.attend(*operands))
-        y = self.head_norm(torch.cat(blocks, dim=2).transpose(1, 2))  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))
+                query_positions = positions[:, start:stop]
+            operands = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], query_positions
+            if T > self.block and torch.is_grad_enabled():
+                outputs.append(checkpoint(self.attend_block, *operands, use_reentrant=False))
+            else:
+                outputs.append(self.attend_block(*operands))
+        return torch.cat(outputs, dim=2)
 
 
-class DFA(nn.Module):
-    """Differential attention (2410.05258): the difference of two attention maps cancels what both attend to.
-
-    H/2 heads, each with two query/key groups of width D and one value of width 2D:
-    C_h = (softmax(Q1 K1^T / sqrt(D)) - lambda softmax(Q2 K2^T / sqrt(D))) V,
-    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 layer),
-    output = Concat((1 - lambda_init) HeadNorm(C_h)) W^O; the factor belongs to the norm and goes with it.
-    """
-
-    def __init__(self, config, layer=0):
-        super().__init__()
-        self.n_head, self.head_dim, self.dropout = config.n_head, config.head_dim, config.dropout
-        self.n_kv, n_v = config.kv_heads(layer)
-        if self.n_head % 2 or self.n_kv % 2:
-            raise ValueError(f"dfa pairs its heads: n_head {self.n_head} and n_kv_head {self.n_kv} must be even")
-        if self.n_kv != n_v or self.n_head % self.n_kv:
-            raise ValueError(f"dfa needs equally many key and value heads that divide n_head {self.n_head}, not {self.n_kv} and {n_v}")
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
-        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
-            nn.Parameter(torch.randn(self.head_dim) * 0.1) for _ in range(4)
-        )
-        self.head_norm = HeadNorm(self.n_head // 2, 2 * self.head_dim, config.norm_eps) if config.head_norm else None
-
-    def forward(self, x, rope, cache=None):
-        B, T, _ = x.shape
-        D, dropout = self.head_dim, self.dropout if self.training else 0.0
-        q = apply_rope(self.q_proj(x).view(B, T, self.n_head, D), rope)
-        k = apply_rope(self.k_proj(x).view(B, T, self.n_kv, D), rope)
-        v = self.v_proj(x).view(B, T, self.n_kv, D)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.append(k, v)  # (B, S, n_kv, D)
-        v = v.unflatten(2, (-1, 2)).flatten(3).transpose(1, 2)  # neighbours side by side: (B, n_kv/2, S, 2D)
-        # Fused kernels want q, k and v equally wide: zeros behind q and k change no score (the scale stays that of D).
-        q, k = (F.pad(heads, (0, D)).transpose(1, 2) for heads in (q, k))
-        first, second = (causal_attention(q[:, i::2], k[:, i::2], v, positions, dropout, scale=D**-0.5) for i in (0, 1))
-        lam = torch.exp(self.lambda_q1 @ self.lambda_k1) - torch.exp(self.lambda_q2 @ self.lambda_k2) + self.lambda_init
-        y = (first - lam.to(first.dtype) * second).transpose(1, 2)  # (B, T, H/2, 2D)
-        if self.head_norm is not None:
-            y = self.head_norm(y) * (1 - self.lambda_init)
-        return self.o_proj(y.reshape(B, T, -1))
+def mix_maps(maps, weight):
+    """`compose_heads` of attention maps (B, H, T, S) instead of keys, as a matmul per query, which is faster for
+    them."""
+    return (weight.to(maps.dtype).t() @ maps.transpose(1, 2)).transpose(1, 2)
 
 
-class MEA(nn.Module):
+class MEA(Attention):
     """Multi-head Explicit Attention (2601.19611, eq. 11-12): attention with keys and values composed across heads.
 
-    K = HLC(`compose_k`, K_comp),   V = HLC(`compose_v`, V_comp),   C_h = softmax(Q_h K_h^T / sqrt(D)) V_h,
+    K = HLC(compose_k, K_comp),   V = HLC(compose_v, V_comp),   C_h = softmax(Q_h K_h^T / sqrt(D)) V_h,
     output = Concat(HeadNorm(C_1) .. HeadNorm(C_H)) W^O.
 
     compose_k (n_k, H) and compose_v (n_v, H) start as the identity, or, with fewer components than heads, with one-hot
-    columns: plain attention or grouped-query attention, plus the norm.
+    columns: plain attention or grouped-query attention, plus the norm. With config.compose "diagonal" only the size of
+    what they start with is learned: one number per head.
 
-    HLC is linear, so it can be applied in three equal places (`form`, by default config.mea_form):
-      compose  the activations: small projections, then one small matmul. Pays for Hc < H, training and prefill.
+    HLC is linear, so it can be applied in three equal places (config.mea_form):
+      compose  the activations: small projections, then one small product. Pays for Hc < H, training and prefill.
       fold     the projections, W_K' = W_K (x) compose_k (eq. 18): Hc == H trains at the cost of MHA. A cache then
                holds composed heads, which are as many.
       absorb   the query: scores_h = sum_c compose_k[c, h] Q_h K_c^T against all components at once, and
                C_h = sum_c compose_v[c, h] (A_h V_c). Pays for Hc < H, decoding: no virtual head is ever written.
       auto     the cheap one of these.
-    QK-norm (config.qk_norm) is of the component keys. It does not commute with their composition: there is nothing to fold.
-    On a GPU the kernels of kernels.py do everything between the projections: on composed or folded heads in training, on
-    the components, absorbed, in decoding.
+    QK-norm is of the component keys. It does not commute with their composition: there is nothing to fold.
     """
 
-    fused_on = ("cuda",)
+    head_norm_by_default = True
+    incompressible = None
+    kernel = "auto"  # a path of kernels.py, or auto: PyTorch's attention, until the Triton kernels are timed on a GPU
 
     def __init__(self, config, layer=0):
-        super().__init__()
-        self.config, self.layer, self.form = config, layer, config.mea_form
-        self.n_head, self.head_dim, self.dropout = config.n_head, config.head_dim, config.dropout
-        self.n_k, self.n_v = config.kv_heads(layer)
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_k * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_v * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.compose_k = nn.Parameter(one_hot_composition(self.n_k, self.n_head))
-        self.compose_v = nn.Parameter(one_hot_composition(self.n_v, self.n_head))
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.head_norm = HeadNorm(self.n_head, self.head_dim, config.norm_eps) if config.head_norm else nn.Identity()
+        super().__init__(config, layer)
+        self.form = config.mea_form
+        self.compose_k, self.compose_v = (
+            nn.Parameter(
+                torch.ones(self.n_head) if config.compose == "diagonal" else one_hot_composition(n, self.n_head)
+            )
+            for n in (self.n_k, self.n_v)
+        )
 
-    def cheap_form(self, T, cache):
+    @classmethod
+    def check_heads(cls, n_head, n_k, n_v):
+        if not (1 <= n_k <= n_head and 1 <= n_v <= n_head):
+            shown = n_k if n_k == n_v else (n_k, n_v)
+            raise ValueError(f"n_kv_head must be between 1 and n_head {n_head}, not {shown}")
+
+    @classmethod
+    def flops_per_token(cls, config, layer, T):
+        n_k, n_v = config.kv_heads(layer)
+        folds = n_k == n_v == config.n_head and not config.qk_norm  # once per step, whatever the tokens
+        composing = 0 if folds else 6 * (n_k + n_v) * config.n_head * config.head_dim
+        return super().flops_per_token(config, layer, T) + composing
+
+    def attend(self, x, q, k, v, positions):
+        w_k, w_v = self.compositions()
+        form = self.choose_form(q.size(2))
+        if form == "absorb":
+            return absorbed_attention(q, k, v, w_k, w_v, positions, self.drop)
+        if form == "compose":
+            k, v = compose_heads(k, w_k), compose_heads(v, w_v)
+        return causal_attention(q, k, v, positions, self.drop)
+
+    # --- From here on: the same function, faster
+
+    def compositions(self):
+        """The composition matrices of keys (n_k, H) and of values (n_v, H)."""
+        if self.config.compose != "diagonal":
+            return self.compose_k, self.compose_v
+        start_k, start_v = (one_hot_composition(n, self.n_head).to(self.compose_k) for n in (self.n_k, self.n_v))
+        return start_k * self.compose_k, start_v * self.compose_v
+
+    def choose_form(self, T):
+        """The form in which T new positions are computed."""
+        if self.form != "auto":
+            return self.form
         if self.n_k == self.n_v == self.n_head and not self.config.qk_norm:
             return "fold"
-        return "absorb" if cache is not None and T == 1 else "compose"
+        return "absorb" if T == 1 else "compose"
 
-    def folded(self, projection, weight):
-        """The projection with the composition folded in (eq. 18): weight (H*D, C) and bias (H*D) or None.
+    def normed_heads(self, x, q, k, v, positions):
+        T, S, form = q.size(2), k.size(2), self.choose_form(q.size(2))
+        whole_sequence = T == S and positions is None and form != "absorb"
+        one_query = T == 1 and form != "compose"
+        if self.kernel == "auto" or self.drop or not (whole_sequence or one_query):
+            return super().normed_heads(x, q, k, v, positions)
+        gain, eps = (self.head_norm.weight, self.head_norm.eps) if self.config.head_norm else (None, 1e-6)
+        weights = (None, None) if form == "fold" else self.compositions()
+        if whole_sequence:
+            y = mea_attention(q, k, v, *weights, gain, eps=eps, path=self.kernel)
+        else:
+            lengths = None if positions is None else positions[:, 0] + 1
+            y = mea_decode(q, k, v, *weights, gain, lengths=lengths, eps=eps, path=self.kernel)
+        return y.transpose(1, 2)
+
+    def project(self, x, cache):
+        """As every variant, or folded: composed keys and values (B, T, H*D). While decoding, folded once per cache."""
+        if self.choose_form(x.size(1)) != "fold":
+            return super().project(x, cache)
+        if cache is not None and min(self.n_k, self.n_v) < self.n_head:
+            held = f"{self.n_head} composed heads, and this cache has {self.n_k} and {self.n_v}"
+            raise ValueError(f"form 'fold' caches {held}: use 'absorb'")
+        if cache is None:
+            folded = self.folded()
+        else:
+            folded = cache.folded = cache.folded or self.folded()
+        return tuple(F.linear(x, weight, bias) for weight, bias in folded)
+
+    def folded(self):
+        """(weight, bias) of k_proj and of v_proj with their compositions folded in (eq. 18): (H*D, C) and (H*D) or
+        None.
 
         Raises ValueError with QK-norm, which stands between the two.
         """
         if self.config.qk_norm:
-            raise ValueError("QK-norm stands between the projection and the composition of keys: they do not fold into one")
+            why = "QK-norm stands between the projection and the composition of keys"
+            raise ValueError(f"{why}: they do not fold into one")
 
-        def fold(rows):  # (Hc*D, any) -> (H*D, any)
-            return torch.einsum("cdm,ch->hdm", rows.view(len(weight), self.head_dim, -1), weight).flatten(0, 1)
+        def fold(rows, w):  # (Hc*D, any), (Hc, H) -> (H*D, any)
+            return torch.einsum("cdm,ch->hdm", rows.view(len(w), self.head_dim, -1), w).flatten(0, 1)
 
-        return fold(projection.weight), None if projection.bias is None else fold(projection.bias).view(-1)
-
-    def forward(self, x, rope, cache=None):
-        B, T, _ = x.shape
-        D, dropout = self.head_dim, self.dropout if self.training else 0.0
-        form = self.cheap_form(T, cache) if self.form == "auto" else self.form
-        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, D)), rope)
-        if form == "fold":
-            k, v = self.project_folded(x, cache)
-        else:
-            k, v = self.k_proj(x), self.v_proj(x)
-        k = apply_rope(self.k_norm(k.view(B, T, -1, D)), rope)  # composed or not: RoPE commutes with HLC (eq. 13)
-        v = v.view(B, T, -1, D)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.append(k, v)  # (B, S, heads, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, positions, D)
-        weights = (None, None) if form == "fold" else (self.compose_k, self.compose_v)
-        fits = form != "absorb" if cache is None else form != "compose" and T == 1
-        if x.device.type in self.fused_on and not dropout and fits:  # all that follows in one kernel
-            y = self.attend_fused(q, k, v, weights, cache, positions)
-            return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-        if form == "absorb":
-            y = self.attend_absorbed(q, k, v, positions, dropout)
-        else:
-            if form == "compose":
-                k, v = compose_heads(k, self.compose_k), compose_heads(v, self.compose_v)
-            y = causal_attention(q, k, v, positions, dropout)
-        y = self.head_norm(y.transpose(1, 2))  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))
-
-    def attend_fused(self, q, k, v, weights, cache, positions):
-        """Composition, attention and head norm by kernels.py: q (B, H, T, D), k (B, n_k, S, D), v (B, n_v, S, D) -> (B, H, T, D)."""
-        gain, eps = (self.head_norm.weight, self.head_norm.eps) if isinstance(self.head_norm, HeadNorm) else (None, 1e-6)
-        if cache is None:
-            return mea_attention(q, k, v, *weights, gain, eps=eps)
-        lengths = None if positions is None else positions[:, 0] + 1
-        return mea_decode(q, k, v, *weights, gain, lengths=lengths, eps=eps)
-
-    def project_folded(self, x, cache):
-        """Composed keys and values in one projection each, (B, T, H*D). While decoding, folded once per cache."""
-        if cache is None:
-            weights = self.folded(self.k_proj, self.compose_k), self.folded(self.v_proj, self.compose_v)
-        else:
-            if min(self.n_k, self.n_v) < self.n_head:
-                raise ValueError(f"form 'fold' caches {self.n_head} composed heads, and this cache has {self.n_k} and {self.n_v}: use 'absorb'")
-            if cache.folded is None:
-                cache.folded = self.folded(self.k_proj, self.compose_k), self.folded(self.v_proj, self.compose_v)
-            weights = cache.folded
-        return tuple(F.linear(x, weight, bias) for weight, bias in weights)
-
-    def attend_absorbed(self, q, k, v, positions, dropout):
-        """q (B, H, T, D), component k (B, n_k, S, D) and v (B, n_v, S, D) -> (B, H, T, D): every component is read once.
-
-        To all H queries the components are one wide head, of n_k D and n_v D features, that attention reads as it lies in
-        the cache.
-        """
-        B, H, T, D = q.shape
-        S, mask = k.size(2), None
-        q = q.unsqueeze(3) * self.compose_k.T[:, None, :, None]  # (B, H, T, n_k, D)
-        k, v = (heads.transpose(1, 2).flatten(2) for heads in (k, v))  # (B, S, n*D), without a copy
-        if T > 1 or positions is not None:
-            mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
-        y = F.scaled_dot_product_attention(
-            q.reshape(B, 1, H * T, -1), k[:, None], v[:, None], attn_mask=mask, dropout_p=dropout, scale=D**-0.5
-        )  # (B, 1, H*T, n_v*D)
-        return (y.reshape(B, H, T, self.n_v, D) * self.compose_v.T[:, None, :, None]).sum(3)
+        return tuple(
+            (fold(projection.weight, w), None if projection.bias is None else fold(projection.bias, w).view(-1))
+            for projection, w in zip((self.k_proj, self.v_proj), self.compositions())
+        )
 
     @torch.no_grad()
     def fold(self):
-        """The equal `MHA` (with the same head norm): inference at exactly its cost. Needs n_k == n_v == H."""
+        """The equal `MHA` (with the same head norm): inference at exactly its cost.
+
+        Raises ValueError unless n_k == n_v == H and every parameter is one that MHA has or that folds into it.
+        """
         if not self.n_k == self.n_v == self.n_head:
-            raise ValueError(f"only a full set of components folds into MHA: {self.n_k} and {self.n_v} for {self.n_head} heads")
+            counts = f"{self.n_k} and {self.n_v} for {self.n_head} heads"
+            raise ValueError(f"only a full set of components folds into MHA: {counts}")
         equal = MHA(self.config, self.layer).to(self.q_proj.weight)
-        equal.load_state_dict({name: w for name, w in self.state_dict().items() if not name.startswith("compose_")})
-        for mine, theirs, weight in ((self.k_proj, equal.k_proj, self.compose_k), (self.v_proj, equal.v_proj, self.compose_v)):
-            folded_weight, folded_bias = self.folded(mine, weight)
-            theirs.weight.copy_(folded_weight)
-            if folded_bias is not None:
-                theirs.bias.copy_(folded_bias)
+        kept = {name: w for name, w in self.state_dict().items() if name not in ("compose_k", "compose_v")}
+        if type(self) is not MEA or kept.keys() != equal.state_dict().keys():
+            extra = sorted(kept.keys() - equal.state_dict().keys())
+            raise ValueError(
+                f"{type(self).__name__} does not fold into MHA: it may do more with {extra or 'its heads'}"
+            )
+        for name, (weight, bias) in zip(("k_proj", "v_proj"), self.folded()):
+            kept[f"{name}.weight"] = weight
+            if bias is not None:
+                kept[f"{name}.bias"] = bias
+        equal.load_state_dict(kept)
         return equal
 
 
+def absorbed_attention(q, k, v, w_k, w_v, positions=None, dropout=0.0):
+    """q (B, H, T, D), component k (B, n_k, S, D) and v (B, n_v, S, D) -> (B, H, T, D): every component is read once.
+
+    To all H queries the components are one wide head, of n_k D and n_v D features, that attention reads as it lies in
+    the cache.
+    """
+    B, H, T, D = q.shape
+    S, mask = k.size(2), None
+    q = q.unsqueeze(3) * w_k.T[:, None, :, None]  # (B, H, T, n_k, D)
+    wide_k, wide_v = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (k, v))  # (B, 1, S, n*D), without a copy
+    if T > 1 or positions is not None:
+        mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
+    wide_q = q.reshape(B, 1, H * T, -1)
+    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, mask, dropout, scale=D**-0.5)  # (B, 1, H*T, n_v*D)
+    return (y.reshape(B, H, T, -1, D) * w_v.T[:, None, :, None]).sum(3)
+
+
 def one_hot_composition(n_component, n_head):
-    """(Hc, H) whose column h picks component h * Hc // H: the identity for Hc == H, otherwise grouped-query attention."""
+    """(Hc, H) whose column h picks component h * Hc // H: the identity for Hc == H, otherwise grouped-query
+    attention."""
     return F.one_hot(torch.arange(n_head) * n_component // n_head, n_component).float().T.contiguous()
 
 
@@ -451,24 +528,17 @@ ATTENTION = {"mha": MHA, "tha": TalkingHeads, "dfa": DFA, "mea": MEA}
 def main():
     """What each variant costs on a small example, in one table."""
     import time
-    from types import SimpleNamespace
+
+    from model import GPTConfig
 
     torch.manual_seed(0)
     B, T, H, D = 4, 256, 8, 32
-    formulas = {
-        "mha": "C_h = softmax(Q_h K_h^T / sqrt(D)) V_h",
-        "tha": "C_f = (sum_g R[g,f] softmax(sum_h P[h,g] Q_h K_h^T / sqrt(D))_g) V_f",
-        "dfa": "C_h = (softmax(Q1 K1^T / sqrt(D)) - lambda softmax(Q2 K2^T / sqrt(D))) V,  then the head norm",
-        "mea": "C_h = softmax(Q_h (sum_c Wk[c,h] K_c)^T / sqrt(D)) (sum_c Wv[c,h] V_c),  then the head norm",
-    }
-    rope = tuple(table[:T] for table in rope_table(T, D))
-    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, {torch.get_num_threads()} CPU threads, median of 9\n")
-    print(f"{'variant':<16}{'parameters':>12}{'cached bytes/token':>20}{'forward ms':>12}{'+ backward ms':>15}   formula")
-    for name, n_kv, norm in (("mha", 8, False), ("mha", 4, False), ("tha", 8, False), ("dfa", 8, True), ("mea", 8, True), ("mea", 4, True)):
-        config = SimpleNamespace(
-            n_embd=H * D, n_head=H, head_dim=D, kv_heads=lambda layer: (n_kv, n_kv), head_norm=norm, norm_eps=1e-6,
-            dropout=0.0, attention_bias=False, qk_norm=False, mea_form="auto",
-        )  # fmt: skip
+    rope = rope_table(T, D)
+    threads = torch.get_num_threads()
+    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, {threads} CPU threads, median of 9\n")
+    print(f"{'variant':<16}{'parameters':>12}{'cached bytes/token':>20}{'forward ms':>12}{'+ backward ms':>15}")
+    for name, n_kv in [*((name, H) for name in ATTENTION), ("mha", H // 2), ("mea", H // 2)]:
+        config = GPTConfig(vocab_size=2, n_layer=1, n_embd=H * D, n_head=H, n_kv_head=n_kv, attention=name)
         layer = ATTENTION[name](config)
         x = torch.randn(B, T, H * D, requires_grad=True)
         forward, backward = [], []
@@ -480,8 +550,8 @@ def main():
             backward.append(time.perf_counter() - started)
         title = f"{name}, {n_kv} of {H} kv" if n_kv < H else name
         parameters = sum(p.numel() for p in layer.parameters())
-        times = (1e3 * sorted(seconds[1:])[4] for seconds in (forward, backward))  # the first call warms up
-        print(f"{title:<16}{parameters:>12,}{2 * n_kv * D * 4:>20,}" + "{:>12.1f}{:>15.1f}".format(*times) + f"   {formulas[name]}")
+        first, both = (1e3 * sorted(seconds[1:])[4] for seconds in (forward, backward))  # the first call warms up
+        print(f"{title:<16}{parameters:>12,}{config.kv_bytes_per_token():>20,}{first:>12.1f}{both:>15.1f}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ n heads W_h x (keys or values of one layer) become r < n component heads B_c x, 
     W_h  ~  T_h  sum_c w[c, h] B_c.                                                                                  (*)
 
 w is MEA's compose_k or compose_v. T_h costs nothing: it goes into the matrices that read the head, W^Q for keys and W^O
-for values. `approximate` solves (*), `compress_layer` does it to a layer, `compress` to a model, `probe` finds out which
-layers can spare how many heads, `heal` trains what is left. Read `attention.py` first.
+for values. `approximate` solves (*), `compress_layer` does it to a layer, `compress` to a model, `probe` finds out
+which layers can spare how many heads, `heal` trains what is left. Read `attention.py` first.
 """
 
-import os
-
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, say
 
 import copy
 import json
@@ -22,25 +20,30 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from attention import MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
+from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
+from checkpoint import FORMAT, find_checkpoint, load_checkpoint, new_folder, save_checkpoint, to_pretrained
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
-from model import FORMAT, KVCache, fail, find_checkpoint, load_checkpoint, new_folder, option, parse_options, save_checkpoint, token_loss
-from train import autocast, check_data, choose_device, choose_dtype, evaluate, same_tokenizer
+from model import KVCache, token_loss
+from sample import starts_bare
+from train import KERNELS, describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximation
 #
-# Heads are (n, g, b, M): n heads of g blocks of b features. A map T_h turns each block by itself, so that a value head is one
-# block of D real features, while a key head, which RoPE turns frequency by frequency, is D/2 blocks of one complex number each.
+# Heads are (n, g, b, M): n heads of g blocks of b features. A map T_h turns each block by itself, so that a value head
+# is one block of D real features, while a key head, which RoPE turns frequency by frequency, is D/2 blocks of one
+# complex number each.
 
 
 def key_blocks(heads):
-    """(n, D, M) real -> (n, D/2, 1, M) complex: the pairs that RoPE rotates; multiplying by a complex number commutes with it."""
+    """(n, D, M) real -> (n, D/2, 1, M) complex: the pairs that RoPE rotates; multiplying by a complex number commutes
+    with it."""
     return torch.complex(*heads.chunk(2, dim=1)).unsqueeze(2)
 
 
@@ -76,37 +79,38 @@ def components(w, maps, heads):
     return (torch.linalg.pinv(mixing(w, maps), rtol=1e-9) @ stacked).unflatten(1, (-1, b)).transpose(0, 1)
 
 
-def missing(heads, approximation):
+def relative_error(heads, approximation):
     """The share of the heads' energy that an approximation misses."""
     return ((heads - approximation).abs().square().sum() / heads.abs().square().sum().clamp_min(1e-300)).item()
 
 
-def stalled(errors, tolerance):
+def converged(errors, tolerance):
     return errors[-1] < 1e-14 or (len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-2])
 
 
-def turn_heads(heads, rank, rounds=300, tolerance=1e-5):
+def align_by_rotation(heads, rank, rounds=300, tolerance=1e-5):
     """(w, T, errors): (*) with unitary T_h, for heads (n, g, b, M); without a round T = 1, the truncated SVD.
 
-    In turns T_h from the orthogonal Procrustes problem, which brings the current approximation closest to head h, and the
-    truncated SVD of the heads turned back. `errors` is what is missing after each round; it never grows.
+    In turns T_h from the orthogonal Procrustes problem, which brings the current approximation closest to head h, and
+    the truncated SVD of the heads turned back. `errors` is what is missing after each round; it never grows.
     """
     n, g, b, _ = heads.shape
     turn = torch.eye(b, dtype=heads.dtype).expand(n, g, b, b)
     w, target = truncated_svd(heads, rank)
-    errors = [missing(heads, target)]
+    errors = [relative_error(heads, target)]
     for _ in range(rounds):
         left, _, right = torch.linalg.svd(heads @ target.mH)
         turn = left @ right
         w, target = truncated_svd(turn.mH @ heads, rank)
-        errors.append(missing(heads, turn @ target))
-        if stalled(errors, tolerance):
+        errors.append(relative_error(heads, turn @ target))
+        if converged(errors, tolerance):
             break
     return w, turn, errors
 
 
 def fit_any_maps(heads, w, turn, rounds=300, tolerance=1e-5):
-    """(w, T, errors): (*) with any T_h, improved from w (r, n), T (n, g, b, b): B, T and w in turns by least squares given the others."""
+    """(w, T, errors): (*) with any T_h, improved from w (r, n), T (n, g, b, b): B, T and w in turns by least squares
+    given the others."""
     errors = []
     for _ in range(rounds):
         parts = components(w, turn, heads)  # (r, g, b, M)
@@ -114,9 +118,13 @@ def fit_any_maps(heads, w, turn, rounds=300, tolerance=1e-5):
         turn = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
         turned = torch.einsum("hgab,cgbm->hcgam", turn, parts)  # T_h B_c: head h is a real combination of these
         columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (turned, heads))
-        w = torch.linalg.lstsq(columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2), driver="gelsd").solution[:, :, 0].T
-        errors.append(missing(heads, torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
-        if stalled(errors, tolerance):
+        w = (
+            torch.linalg.lstsq(columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2), driver="gelsd")
+            .solution[:, :, 0]
+            .T
+        )
+        errors.append(relative_error(heads, torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
+        if converged(errors, tolerance):
             break
     return w, turn, errors
 
@@ -124,34 +132,47 @@ def fit_any_maps(heads, w, turn, rounds=300, tolerance=1e-5):
 # ---------------------------------------------------------------------------------------------------------------------
 # One layer
 
-METHODS = {"svd": "none", "calibrated": "none", "rotated": "rotations", "aligned": "any"}  # the maps T of each; all but svd see the data
+METHODS = {
+    "svd": "none",
+    "calibrated": "none",
+    "rotated": "rotations",
+    "aligned": "any",
+}  # the maps T of each; all but svd see the data
 
 
 def effective_heads(attn, kind):
-    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and of each query head which one.
+    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and of each query head
+    which one.
 
     Heads that are composed already (MEA) are folded first, and equal ones, as grouped queries share them, are one head.
     """
     projection = attn.k_proj if kind == "k" else attn.v_proj
-    weight = projection.weight if projection.bias is None else torch.cat((projection.weight, projection.bias[:, None]), dim=1)
+    weight = (
+        projection.weight
+        if projection.bias is None
+        else torch.cat((projection.weight, projection.bias[:, None]), dim=1)
+    )
     weight = weight.double().unflatten(0, (-1, attn.head_dim))  # (components, D, C)
     columns, reader = torch.unique(composition(attn, kind).to(weight), dim=1, return_inverse=True)
     return torch.einsum("cdm,cn->ndm", weight, columns), reader
 
 
 def composition(attn, kind):
-    """(components, H): an MEA's compose_k or compose_v; of MHA the one-hot columns that say which head a query head reads."""
+    """(components, H): an MEA's compose_k or compose_v; of MHA the one-hot columns that say which head a query head
+    reads."""
     if isinstance(attn, MEA):
-        return attn.compose_k if kind == "k" else attn.compose_v
-    return one_hot_composition(attn.n_kv, attn.n_head).to(attn.q_proj.weight)
+        return attn.compositions()["kv".index(kind)]
+    return one_hot_composition(attn.n_k, attn.n_head).to(attn.q_proj.weight)
 
 
 @torch.no_grad()
 def second_moments(attn, inputs, rope):
-    """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over inputs, a list of (B, T, C).
+    """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over inputs, a list of (B, T,
+    C).
 
-    The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by the attention maps
-    of all its query heads: (nD, nD). For each key head and rotary frequency, the energy of the queries that read it: (n, D/2).
+    The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by the
+    attention maps of all its query heads: (nD, nD). For each key head and rotary frequency, the energy of the queries
+    that read it: (n, D/2).
     """
     moments = {"k": 0.0, "v": 0.0, "q": 0.0}
     (keys, k_reader), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
@@ -160,7 +181,9 @@ def second_moments(attn, inputs, rope):
         B, T, _ = x.shape
         q = attn.q_norm(attn.q_proj(x).view(B, T, -1, D))
         energy = q.double().square().mean((0, 1)).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
-        moments["q"] += torch.zeros(len(keys), D // 2, dtype=energy.dtype, device=x.device).index_add(0, k_reader, energy)
+        moments["q"] += torch.zeros(len(keys), D // 2, dtype=energy.dtype, device=x.device).index_add(
+            0, k_reader, energy
+        )
         q = apply_rope(q, rope).transpose(1, 2)  # (B, H, T, D)
         k, v = (project(heads, x) for heads in (keys, values))  # (B, T, n*D)
         read = apply_rope(attn.k_norm(attn.k_proj(x).view(B, T, -1, D)), rope).transpose(1, 2)
@@ -181,8 +204,8 @@ def project(heads, x):
 def approximate(weight, rank, kind, maps, moment=None, importance=None):
     """(*) for heads W (n, D, M): w (rank, n), T (n, D, D) real and the components' weights (rank, D, M), errors.
 
-    `moment` (nD, nD) is E[y y^T] of what the heads put out: errors are then those of outputs, otherwise of weights. `importance`
-    (n, blocks) multiplies them, block by block.
+    `moment` (nD, nD) is E[y y^T] of what the heads put out: errors are then those of outputs, otherwise of weights.
+    `importance` (n, blocks) multiplies them, block by block.
     """
     n, D, _ = weight.shape
     blocks = key_blocks if kind == "k" else value_blocks
@@ -193,10 +216,10 @@ def approximate(weight, rank, kind, maps, moment=None, importance=None):
         root = (vectors * values.clamp_min(0).sqrt()).view(n, D, n * D)
     heads, scale = blocks(root), 1.0 if importance is None else importance.sqrt()[:, :, None, None]
     if maps == "any":  # starts in the plain metric: where that is exact already, it stays exact
-        w, turn, _ = turn_heads(heads, rank)
+        w, turn, _ = align_by_rotation(heads, rank)
         w, turn, errors = fit_any_maps(heads * scale, w, turn * scale)
     else:
-        w, turn, errors = turn_heads(heads * scale, rank, rounds=0 if maps == "none" else 300)
+        w, turn, errors = align_by_rotation(heads * scale, rank, rounds=0 if maps == "none" else 300)
     parts = from_blocks(components(w, turn, blocks(weight) * scale))  # (rank, D, M)
     if kind == "v":
         turn, w = turn[:, 0], w if importance is None else w / scale[:, 0, 0, 0]
@@ -209,18 +232,19 @@ def approximate(weight, rank, kind, maps, moment=None, importance=None):
 
 @torch.no_grad()
 def refit_output(new, attn, inputs, rope, ridge=0.03):
-    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W - W_now|^2.
+    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W -
+    W_now|^2.
 
-    y and y_new are the heads' outputs, side by side, of the layer before and after; the ridge is in units of y_new's mean
-    square, so that directions that calibration hardly shows stay as they are.
+    y and y_new are the heads' outputs, side by side, of the layer before and after; the ridge is in units of y_new's
+    mean square, so that directions that calibration hardly shows stay as they are.
     """
     seen = []
     hook = new.o_proj.register_forward_pre_hook(lambda _, y: seen.append(y[0].flatten(0, 1).double()))
     gram, product = 0.0, 0.0
     for x in inputs:
         seen.clear()
-        missing = (attn(x, rope) - new(x, rope)).flatten(0, 1).double()  # (B*T, C)
-        gram, product = gram + seen[0].T @ seen[0], product + missing.T @ seen[0]
+        lost = (attn(x, rope) - new(x, rope)).flatten(0, 1).double()  # (B*T, C)
+        gram, product = gram + seen[0].T @ seen[0], product + lost.T @ seen[0]
     hook.remove()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
@@ -228,19 +252,25 @@ def refit_output(new, attn, inputs, rope, ridge=0.03):
 
 @torch.no_grad()
 def compress_layer(attn, config, layer, method, moments=None, inputs=(), rope=None):
-    """(the MEA that replaces `attn`, {"k": error, "v": error}) with the component heads that config.kv_heads(layer) says.
+    """(the MEA that replaces `attn`, {"k": error, "v": error}) with the component heads that config.kv_heads(layer)
+    says.
 
     W_h ~ T_h sum_c w[c, h] B_c: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into q_proj as
-    q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and its gain, which is
-    not, goes into W^O first. Keys or values that keep their number of heads stay as they are. `moments` as from
-    `second_moments` of `inputs` (B, T, C) in a list; without them weights stand in for the data.
+    q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and its gain,
+    which is not, goes into W^O first. Keys or values that keep their number of heads stay as they are. `moments` as
+    from `second_moments` of `inputs` (B, T, C) in a list; without them weights stand in for the data.
     """
     original, device, attn = attn, attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
     new, n_head, D = MEA(config, layer).to(attn.q_proj.weight), attn.n_head, attn.head_dim
     ours, theirs = new.state_dict(), attn.state_dict()
-    new.load_state_dict({name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}, strict=False)
+    new.load_state_dict(
+        {name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}, strict=False
+    )
     errors = {"k": 0.0, "v": 0.0}
-    for kind, rank, projection, composition in (("k", new.n_k, new.k_proj, new.compose_k), ("v", new.n_v, new.v_proj, new.compose_v)):
+    for kind, rank, projection, composition in (
+        ("k", new.n_k, new.k_proj, new.compose_k),
+        ("v", new.n_v, new.v_proj, new.compose_v),
+    ):
         if projection.weight.shape == theirs[f"{kind}_proj.weight"].shape:
             continue
         weight, reader = effective_heads(attn, kind)
@@ -249,9 +279,13 @@ def compress_layer(attn, config, layer, method, moments=None, inputs=(), rope=No
         if maps == "any" and (normed or moments is None):  # without data, wider maps only fit the weights better
             maps = "rotations"
         moment, importance = None if moments is None or method == "svd" else moments[kind].cpu(), None
-        if method == "aligned" and kind == "k" and moments is not None:  # an error in a key counts as much as its queries are large
+        if (
+            method == "aligned" and kind == "k" and moments is not None
+        ):  # an error in a key counts as much as its queries are large
             importance = (moments["q"] / moments["q"].mean()).clamp_min(1e-6).cpu()
-        if METHODS[method] != "none" and normed:  # errors relative to the head's own size, by which the norm is going to divide
+        if (
+            METHODS[method] != "none" and normed
+        ):  # errors relative to the head's own size, by which the norm is going to divide
             energy = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(len(weight), D).sum(1)
             importance = 1 / energy.clamp_min(1e-30)[:, None]
         w, turn, parts, history = approximate(weight, min(rank, len(weight)), kind, maps, moment, importance)
@@ -289,10 +323,11 @@ BUDGETS = {  # which of n layers give up heads; all three are the paper's (secti
 
 
 def uniform_ranks(config, kv_ratio, budget="all"):
-    """One (n_k, n_v) per layer: `kv_ratio` of the heads that each layer of the budget caches now, an odd one being a key head.
+    """One (n_k, n_v) per layer: `kv_ratio` of the heads that each layer of the budget caches now, an odd one being a
+    key head.
 
-    Keys behind a QK-norm, which does not commute with composition, stay: values give up all. Raises ValueError, naming what is
-    possible, for a ratio that is no number of heads.
+    Keys behind a QK-norm, which does not commute with composition, stay: values give up all. Raises ValueError, naming
+    what is possible, for a ratio that is no number of heads.
     """
     ranks = [config.kv_heads(layer) for layer in range(config.n_layer)]
     layers = BUDGETS[budget](config.n_layer)
@@ -301,7 +336,12 @@ def uniform_ranks(config, kv_ratio, budget="all"):
     for layer in layers:
         n_k, n_v = ranks[layer]
         fewest = n_k + 1 if config.qk_norm else 2
-        heads = check_ratio(kv_ratio, n_k + n_v, fewest, f"{n_k} key and {n_v} value heads" + " (keys behind a QK-norm stay)" * config.qk_norm)
+        heads = check_ratio(
+            kv_ratio,
+            n_k + n_v,
+            fewest,
+            f"{n_k} key and {n_v} value heads" + " (keys behind a QK-norm stay)" * config.qk_norm,
+        )
         keys = n_k if config.qk_norm else max(heads - n_v, min(n_k, heads - heads // 2))
         ranks[layer] = keys, heads - keys
     return ranks
@@ -318,18 +358,21 @@ def check_ratio(kv_ratio, heads, fewest, what):
 
 
 def choose_ranks(config, kv_ratio, budget, costs=None):
-    """The ranks for a budget: `uniform_ranks`, or for "probe" those that `allocate` chooses by its `costs` (None only checks)."""
+    """The ranks for a budget: `uniform_ranks`, or for "probe" those that `allocate` chooses by its `costs` (None only
+    checks)."""
     if budget != "probe":
         return uniform_ranks(config, kv_ratio, budget)
     pairs = [config.kv_heads(layer) for layer in range(config.n_layer)]
     fewest = sum(n_k + 1 if config.qk_norm else 2 for n_k, _ in pairs)
-    heads = check_ratio(kv_ratio, sum(map(sum, pairs)), fewest, f"{sum(map(sum, pairs))} cached heads in {config.n_layer} layers")
+    heads = check_ratio(
+        kv_ratio, sum(map(sum, pairs)), fewest, f"{sum(map(sum, pairs))} cached heads in {config.n_layer} layers"
+    )
     return allocate(costs, heads) if costs else pairs
 
 
 def with_ranks(config, ranks):
     """The config of an MEA model that caches `ranks`, one (n_k, n_v) per layer."""
-    return replace(config, attention="mea", n_kv_head=[list(pair) for pair in ranks], mea_form="auto")
+    return replace(config, attention="mea", n_kv_head=[list(pair) for pair in ranks], mea_form="auto", compose="full")
 
 
 def rope_of(model, length):
@@ -338,10 +381,11 @@ def rope_of(model, length):
 
 @torch.no_grad()
 def compress(model, ranks, method="aligned", tokens=None, chunk=4):
-    """Replace every attention of `model` by an MEA that caches `ranks`, in place: memory is the model and one layer's work.
+    """Replace every attention of `model` by an MEA that caches `ranks`, in place: memory is the model and one layer's
+    work.
 
-    `tokens` (N, T) are the calibration windows; without them weights stand in for the data. Every layer is fitted to what the
-    original model sees. Returns one {"k": error, "v": error} per layer.
+    `tokens` (N, T) are the calibration windows; without them weights stand in for the data. Every layer is fitted to
+    what the original model sees. Returns one {"k": error, "v": error} per layer.
     """
     config, errors = with_ranks(model.config, ranks), []
     inputs = [] if tokens is None else [model.embed(part) for part in tokens.split(chunk)]
@@ -359,10 +403,11 @@ def compress(model, ranks, method="aligned", tokens=None, chunk=4):
 
 @torch.no_grad()
 def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
-    """{(layer, "k" or "v"): [increase of the loss with 1, 2, .. n heads]}, each measured with the rest of the model as it is.
+    """{(layer, "k" or "v"): [increase of the loss with 1, 2, .. n heads]}, each measured with the rest of the model as
+    it is.
 
-    The paper's figure 8, for keys and values apart. `tokens` (N, T), or None, calibrate as in `compress`; `windows` (inputs,
-    targets), two arrays (N, T), measure. Only the layers from the changed one on are computed anew.
+    The paper's figure 8, for keys and values apart. `tokens` (N, T), or None, calibrate as in `compress`; `windows`
+    (inputs, targets), two arrays (N, T), measure. Only the layers from the changed one on are computed anew.
     """
     device, config, costs = model.embed_tokens.weight.device, model.config, {}
     calibration = [] if tokens is None else [model.embed(part) for part in tokens.split(chunk)]
@@ -376,7 +421,10 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
         outputs = x
         for block in model.layers[layer:]:
             outputs = forward(block, outputs)
-        losses = [token_loss(model.norm(out).flatten(0, 1), model.lm_head.weight, part.flatten()).item() * len(part) for out, part in zip(outputs, y)]
+        losses = [
+            token_loss(model.norm(out).flatten(0, 1), model.lm_head.weight, part.flatten()).item() * len(part)
+            for out, part in zip(outputs, y)
+        ]
         return sum(losses) / len(windows[0])
 
     base, rope = loss(0), None if tokens is None else rope_of(model, tokens.size(1))
@@ -389,7 +437,9 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
             for rank in range(1, n if costs[layer, kind][0] == 0.0 else 1):
                 ranks = [config.kv_heads(other) for other in range(config.n_layer)]
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
-                block.self_attn, _ = compress_layer(original, with_ranks(config, ranks), layer, method, moments, normed, rope)
+                block.self_attn, _ = compress_layer(
+                    original, with_ranks(config, ranks), layer, method, moments, normed, rope
+                )
                 costs[layer, kind][rank - 1] = loss(layer) - base
             report(layer, kind, costs[layer, kind])
         block.self_attn = original
@@ -398,9 +448,11 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None):
 
 
 def allocate(costs, heads):
-    """The ranks, one [n_k, n_v] per layer, with `heads` cached heads in all and the smallest sum of `costs` (see `probe`).
+    """The ranks, one [n_k, n_v] per layer, with `heads` cached heads in all and the smallest sum of `costs` (see
+    `probe`).
 
-    Exact for that sum, by dynamic programming over what is left to give away. That the increases add up is an assumption.
+    Exact for that sum, by dynamic programming over what is left to give away. That the increases add up is an
+    assumption.
     """
     best = {0: (0.0, ())}  # heads spent so far -> (cost, rank of every item so far)
     for item in costs.values():
@@ -426,10 +478,12 @@ HEALED = {  # --heal_params: what may move
 
 
 def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None):
-    """Train `model` for some steps of continued pretraining, or, with a `teacher`, of distillation: sum_t KL(teacher_t || model_t) / T.
+    """Train `model` for some steps of continued pretraining, or, with a `teacher`, of distillation: sum_t KL(teacher_t
+    || model_t) / T.
 
-    AdamW without weight decay, linear warm-up over a tenth of the steps, then a cosine to 0 (the paper's, section 5.2). `sampler` is a
-    WindowSampler and `o` has batch_size, heal_learning_rate, heal_params. Raises ValueError if the loss is no longer finite.
+    AdamW without weight decay, linear warm-up over a tenth of the steps, then a cosine to 0 (the paper's, section 5.2).
+    `sampler` is a WindowSampler and `o` has batch_size, heal_learning_rate, heal_params. Raises ValueError if the loss
+    is no longer finite.
     """
     device = model.embed_tokens.weight.device
     dtype = choose_dtype("auto", device)
@@ -438,12 +492,12 @@ def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None):
         p.requires_grad_(False)
     for p in chosen:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(chosen, lr=o.heal_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = max(1, steps // 10)
+    optimizer = make_optimizer([dict(params=chosen, weight_decay=0.0)], o.heal_learning_rate)
+    schedule = SimpleNamespace(learning_rate=o.heal_learning_rate, warmup_steps=max(1, steps // 10), max_steps=steps)
+    schedule.schedule = "cosine"
     model.train()
     for step in range(steps):
-        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
-        optimizer.param_groups[0]["lr"] = o.heal_learning_rate * rate
+        optimizer.param_groups[0]["lr"] = learning_rate(schedule, step, floor=0.0)
         x, y = (torch.from_numpy(part).to(device) for part in sampler.batch(step, o.batch_size))
         with autocast(device, dtype):
             if teacher is None:
@@ -451,7 +505,9 @@ def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None):
             else:
                 with torch.no_grad():
                     wanted = teacher(x)[0].float().flatten(0, 1).log_softmax(-1)
-                loss = F.kl_div(model(x)[0].float().flatten(0, 1).log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+                loss = F.kl_div(
+                    model(x)[0].float().flatten(0, 1).log_softmax(-1), wanted, reduction="batchmean", log_target=True
+                )
         if not math.isfinite(loss.item()):
             raise ValueError(f"loss {loss.item()} at step {step + 1} of healing: try a lower --heal_learning_rate")
         loss.backward()
@@ -470,75 +526,89 @@ def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None):
 
 @dataclass
 class Options:
-    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, or a Hugging Face folder")
+    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, a Hugging Face folder or hub name")
     out_dir: str = option("", "folder of the compressed model (default: the checkpoint's with -kv<ratio> behind it)")
     overwrite: bool = option(False, "replace what out_dir holds")
-    kv_ratio: float = option(0.5, "cached heads to keep: of every layer of the budget, or, with probe, of the whole model")
-    method: str = option("aligned", "svd: the paper's; calibrated: in the metric of the data; rotated: and heads turned so that they agree; aligned: by any map that costs nothing, W^O refitted", list(METHODS))
-    budget: str = option("all", "layers that give up heads: all, deep (not the first three), middle (the middle half); probe measures who can spare most", [*BUDGETS, "probe"])
-    data_dir: str = option("", "prepared data set to calibrate, heal and measure on (default: the one the checkpoint was trained on)")
-    calibration_windows: int = option(32, "training windows that the method sees; 0: none, weights stand in for them")
-    probe_windows: int = option(8, "training windows that a probe measures on")
-    eval_windows: int = option(64, "validation windows that the report measures on")
-    heal_steps: int = option(0, "training steps afterwards")
-    heal_learning_rate: float = option(3e-4, "peak of their schedule")
+    kv_ratio: float = option(0.5, "cached heads to keep: of every layer of the budget; with probe, of the whole model")
+    method: str = option(
+        "aligned",
+        "svd: the paper's; calibrated: in the metric of the data; rotated: and heads turned so that they agree; "
+        "aligned: by any map that costs nothing, W^O refitted",
+        list(METHODS),
+    )
+    budget: str = option(
+        "all",
+        "layers that give up heads: all, deep (not the first three), middle (the middle half); "
+        "probe measures who can spare most",
+        [*BUDGETS, "probe"],
+    )
+    data_dir: str = option("", "prepared data set to calibrate, heal and measure on (default: the checkpoint's own)")
+    calibration_windows: int = option(
+        32, "training windows that the method sees; 0: weights stand in for them", least=0
+    )
+    probe_windows: int = option(8, "training windows that a probe measures on", least=1)
+    eval_windows: int = option(64, "validation windows that the report measures on", least=1)
+    heal_steps: int = option(0, "training steps afterwards", least=0)
+    heal_learning_rate: float = option(3e-4, "peak of their schedule", above=0)
     heal_params: str = option("all", "what they may move", list(HEALED))
     distill: bool = option(False, "heal towards the original model's predictions instead of the tokens")
-    continue_original: bool = option(False, "also train the original for the same steps on the same tokens: what healing is measured against")
-    batch_size: int = option(8, "windows in a healing step")
-    block_size: int | None = option(None, "positions in a window (default: the model's block size, at most 1,024)")
-    context: int | None = option(None, "positions of a row for the report's bytes and decoding speed (default: the model's block size, at most 4,096)")
-    rows: int = option(1, "rows of that cache")
+    continue_original: bool = option(
+        False, "also train the original as long on the same tokens, to compare healing with"
+    )
+    batch_size: int = option(8, "windows in a healing step", least=1)
+    block_size: int | None = option(None, "positions in a window (default: the model's, at most 1,024)", least=2)
+    context: int | None = option(
+        None,
+        "positions of a row for the report's bytes and decoding speed (default: the model's, at most 4,096)",
+        least=2,
+    )
+    rows: int = option(1, "rows of that cache", least=1)
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
-    export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["hf"])
-    seed: int = option(0, "of the calibration windows and of healing")
+    export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
+    seed: int = option(0, "of the calibration windows and of healing", least=0)
+    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)")
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
 
 def open_job(o, given):
     """Check everything before any work: (model, state, dataset). Raises ValueError or OSError."""
-    for name in ("probe_windows", "eval_windows", "batch_size", "rows"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
-    for name in ("calibration_windows", "heal_steps", "threads", "seed"):
-        if getattr(o, name) < 0:
-            raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
-    if not 0 < o.heal_learning_rate < math.inf:
-        raise ValueError(f"heal_learning_rate must be above 0, not {o.heal_learning_rate}")
-    if (how := given & {"distill", "continue_original", "heal_params", "heal_learning_rate"}) and not o.heal_steps:
+    how = given & {"distill", "continue_original", "heal_params", "heal_learning_rate"}
+    if how and not o.heal_steps:
         raise ValueError(f"{', '.join(sorted(how))} says how to heal: give --heal_steps too")
     if "probe_windows" in given and o.budget != "probe":
         raise ValueError("probe_windows are for --budget probe: give both or neither")
     out = Path(o.out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not o.overwrite or not (out / "report.json").is_file():
-            what = "holds another model" if (out / "report.json").is_file() else "exists and compress.py did not make it"
-            raise ValueError(f"{out} {what}: give another --out_dir" + (" or --overwrite" if (out / "report.json").is_file() else ""))
+    ours = (out / "report.json").is_file()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (o.overwrite and ours):
+        what = "holds another model" if ours else "exists and compress.py did not make it"
+        raise ValueError(f"{out} {what}: give another --out_dir" + (" or --overwrite" if ours else ""))
     device = choose_device(o.device)
     model, state = load_checkpoint(o.checkpoint, "cpu" if device.type == "mps" else device)  # mps has no float64
     config = model.config
-    if config.attention not in ("mha", "mea"):
-        why = {"dfa": "its two attention maps share one value, and their difference reads keys in pairs", "tha": "it mixes attention maps, so a head's keys cannot be turned alone"}
-        raise ValueError(f"{o.checkpoint} is a {config.attention} model, and only mha and mea can be compressed: {why[config.attention]}")
+    if why := ATTENTION[config.attention].incompressible:
+        raise ValueError(f"{o.checkpoint} is a {config.attention} model, which cannot be compressed: {why}")
     for ratio in (o.kv_ratio, *curve_of(o)):
         choose_ranks(config, ratio, o.budget)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
     if not data_dir or not isinstance(data_dir, str):
-        raise ValueError(f"{o.checkpoint} does not say what data it was trained on: give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)")
-    dataset = open_dataset(data_dir)
-    if "data" in state:
-        check_data(state, o.checkpoint)
+        how = "give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)"
+        raise ValueError(f"{o.checkpoint} does not say what data it was trained on: {how}")
+    try:
+        dataset = open_dataset(data_dir)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}; if it lies elsewhere, say where with --data_dir") from None
     if not same_tokenizer(o.checkpoint, state, dataset):
         raise ValueError(f"{data_dir} was made with another tokenizer than {o.checkpoint}: prepare it with that one")
     for name, default in (("block_size", 1024), ("context", 4096)):
         value = getattr(o, name) or min(config.block_size, default)
-        if not 2 <= value <= config.block_size:
+        if value > config.block_size:
             raise ValueError(f"{name} must be between 2 and the model's {config.block_size}, not {value}")
         setattr(o, name, value)
-    WindowSampler(dataset.train, o.block_size)
-    validation_windows(dataset.val, o.block_size, 1)
+    for split, tokens in (("training", dataset.train), ("validation", dataset.val)):
+        if len(tokens) <= o.block_size:
+            raise ValueError(f"the {split} split of {data_dir} has {len(tokens)} tokens, fewer than a window needs")
     return model, state, dataset
 
 
@@ -547,12 +617,29 @@ def curve_of(o):
     try:
         return [float(part) for part in o.curve.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"curve must be ratios with commas between them, such as 1.0,0.75,0.5, not {o.curve!r}") from None
+        wanted = "ratios with commas between them, such as 1.0,0.75,0.5"
+        raise ValueError(f"curve must be {wanted}, not {o.curve!r}") from None
+
+
+class StartedWindows:
+    """A sampler whose windows begin with a model's start of text, as the model saw every text."""
+
+    def __init__(self, sampler, start):
+        self.sampler, self.start = sampler, start
+
+    def batch(self, *place):
+        return begin(self.sampler.batch(*place), self.start)
+
+
+def begin(windows, start):
+    """Windows (inputs, targets) whose first inputs are the tokens of `start`, if there are any."""
+    windows[0][:, : len(start)] = list(start)
+    return windows
 
 
 @torch.inference_mode()
 def decoding(model, rows, context, tokens=8):
-    """(tokens per second, cache bytes) of decoding against a cache of about `context` positions: the median of seven rounds or of two seconds."""
+    """(tokens per second, cache bytes) of decoding against about `context` positions: the median over two seconds."""
     cache = KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device)
     times, tokens = [], min(tokens, context)
     while len(times) < 8 or sum(times) < 2:
@@ -566,6 +653,92 @@ def decoding(model, rows, context, tokens=8):
     return rows * tokens / statistics.median(times[1:]), cache.nbytes  # the first one warmed up
 
 
+def run(o, model, dataset, start=()):
+    """Compress, heal and measure as the options say. Returns (compressed model, report)."""
+    device, config = model.lm_head.weight.device, model.config
+    dtype = choose_dtype("auto", device)
+    windows = begin(validation_windows(dataset.val, o.block_size, o.eval_windows), start)
+    sampler = StartedWindows(WindowSampler(dataset.train, o.block_size, o.seed), start)
+    seen = sampler.batch(0, o.calibration_windows + o.probe_windows)  # the first ones calibrate, the rest are a probe's
+    calibrates = o.calibration_windows and o.method != "svd"
+    tokens = torch.from_numpy(seen[0][: o.calibration_windows]).to(device) if calibrates else None
+
+    def measure(model):
+        return evaluate(model, windows, o.batch_size, device, dtype)
+
+    loss = dict(before=measure(model))
+    heads = "{} key and {} value heads".format(*config.kv_heads(0))
+    say(f"{config.attention}, {model.n_params():,} parameters, {config.n_layer} layers of {heads}")
+    say(f"loss {loss['before']:.4f} before")
+    report = dict(method=o.method, budget=o.budget, seed=o.seed, options=asdict(o))
+    costs = None
+    if o.budget == "probe":
+        few = tuple(part[o.calibration_windows :] for part in seen)  # neither calibrated nor reported on
+
+        def show_costs(layer, kind, costs):
+            listed = " ".join(f"{cost:+.4f}" for cost in costs)
+            say(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: {listed}")
+
+        costs = probe(model, o.method, tokens, few, report=show_costs)
+        report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
+    if o.curve:
+        report["curve"] = []
+        for ratio in curve_of(o):
+            smaller = copy.deepcopy(model)
+            compress(smaller, choose_ranks(config, ratio, o.budget, costs), o.method, tokens)
+            size = smaller.config.kv_bytes_per_token()
+            report["curve"].append(dict(kv_ratio=ratio, kv_bytes_per_token=size, loss=measure(smaller)))
+            say(f"kv_ratio {ratio:g}: {size:,} bytes per token, loss {report['curve'][-1]['loss']:.4f}")
+            del smaller
+    ranks = choose_ranks(config, o.kv_ratio, o.budget, costs)
+    speed, size = decoding(model, o.rows, o.context)  # now, so that no second model has to be kept for it
+    original = copy.deepcopy(model) if o.distill or o.continue_original else None
+    report["errors"] = compress(model, ranks, o.method, tokens)
+    loss["after"] = measure(model)
+    say(f"loss {loss['after']:.4f} after compressing ({loss['after'] - loss['before']:+.4f})")
+    if o.heal_steps:
+        data = StartedWindows(WindowSampler(dataset.train, o.block_size, o.seed + 1), start)
+
+        def show_step(step, value):
+            if step % max(1, o.heal_steps // 10) == 0:
+                say(f"healing: step {step}/{o.heal_steps}, {'KL' if o.distill else 'loss'} {value:.4f}")
+
+        heal(model, data, o, o.heal_steps, original if o.distill else None, show_step)
+        loss["healed"] = measure(model)
+        say(f"loss {loss['healed']:.4f} after healing ({loss['healed'] - loss['before']:+.4f})")
+        if o.continue_original:
+            loss["continued"] = measure(heal(original, data, replace(o, heal_params="all"), o.heal_steps))
+            behind = f"healed - continued {loss['healed'] - loss['continued']:+.4f}"
+            say(f"loss {loss['continued']:.4f} of the original after the same steps; {behind}")
+    speeds, sizes = zip((speed, size), decoding(model, o.rows, o.context))
+    per_token = [size // (o.rows * o.context) for size in sizes]
+    report |= dict(ranks=[list(pair) for pair in ranks], loss=loss)
+    report["bpb"] = {name: dataset.bits_per_byte(value) for name, value in loss.items()}
+    report["kv_bytes_per_token"] = dict(before=per_token[0], after=per_token[1])
+    report["kv_ratio"] = per_token[1] / per_token[0]
+    report["cache"] = dict(rows=o.rows, context=o.context, bytes=dict(before=sizes[0], after=sizes[1]))
+    report["decode_tokens_per_second"] = dict(before=round(speeds[0], 2), after=round(speeds[1], 2))
+    return model, report
+
+
+def print_report(report):
+    titles = ("before", "after", "healed", "original on")
+    say(f"\n{'':<28}" + "".join(f"{title:>14}" for title in titles[: len(report["loss"])]))
+    for name, key, form in (
+        ("loss, nats per token", "loss", "14.4f"),
+        ("bits per byte", "bpb", "14.4f"),
+        ("cached bytes per token", "kv_bytes_per_token", "14,"),
+        ("decoding, tokens/s", "decode_tokens_per_second", "14,.1f"),
+    ):
+        say(f"{name:<28}" + "".join(f"{value:{form}}" for value in report[key].values()))
+    cache = report["cache"]
+    sizes = "".join(f"{size / 2**20:>10,.2f} MiB" for size in cache["bytes"].values())
+    say(f"{'cache of {rows} x {context:,}'.format(**cache):<28}{sizes}")
+    say("\nlayer   keys  values   % of energy lost: keys  values")
+    for layer, ((n_k, n_v), error) in enumerate(zip(report["ranks"], report["errors"])):
+        say(f"{layer:>5}{n_k:>7}{n_v:>8}{100 * error['k']:>23.3f}{100 * error['v']:>8.3f}")
+
+
 def draw_report(report, path):
     """Errors per layer, the probe and the loss against the cache, where matplotlib is installed."""
     try:
@@ -574,110 +747,42 @@ def draw_report(report, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
-    panels = ["errors"] + ["probe"] * ("probe" in report) + ["curve"] * ("curve" in report)
+    panels = ["errors", *(name for name in ("probe", "curve") if name in report)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
     layers = range(len(report["ranks"]))
-    colours = {"k": "#4c72b0", "v": "#dd8452"}
-    names = {"k": "keys", "v": "values"}
     for panel, ax in zip(panels, axes[0]):
-        if panel == "errors":
-            for kind, shift in (("k", -0.2), ("v", 0.2)):
-                ax.bar([layer + shift for layer in layers], [100 * error[kind] for error in report["errors"]], 0.4, color=colours[kind], label=names[kind])
-            for layer, (n_k, n_v) in enumerate(report["ranks"]):
-                ax.annotate(f"{n_k}|{n_v}", (layer, 0), (0, -22), textcoords="offset points", ha="center", fontsize=6)
-            ax.set(xlabel="layer (cached keys|values below)", ylabel="% of energy lost", title=f"error per layer, {report['method']}")
-            ax.xaxis.labelpad = 14
-        elif panel == "probe":
-            for kind in "kv":
-                halves = [report["probe"][kind][layer] for layer in layers]
-                ax.plot(layers, [costs[(len(costs) - 1) // 2] for costs in halves], "o-", ms=3, color=colours[kind], label=f"{names[kind]}, {(len(halves[0]) + 1) // 2} of {len(halves[0])}")
-            ax.set(xlabel="the one layer compressed", ylabel="increase of the loss (nats per token)", title="probe")
-        else:
+        for kind, name, colour, shift in (("k", "keys", "#4c72b0", -0.2), ("v", "values", "#dd8452", 0.2)):
+            if panel == "errors":
+                lost = [100 * error[kind] for error in report["errors"]]
+                ax.bar([layer + shift for layer in layers], lost, 0.4, color=colour, label=name)
+                ax.set(xlabel="layer", ylabel="% of energy lost", title=f"error per layer, {report['method']}")
+            elif panel == "probe":
+                costs = report["probe"][kind]  # [layer][heads kept - 1]
+                n = len(costs[0])
+                half = [cost[(n - 1) // 2] for cost in costs]
+                ax.plot(layers, half, "o-", ms=3, color=colour, label=f"{name}, {(n + 1) // 2} of {n}")
+                ax.set(xlabel="the one layer compressed", ylabel="increase of the loss (nats per token)", title="probe")
+        if panel == "curve":
             points = sorted((point["kv_bytes_per_token"], point["loss"]) for point in report["curve"])
             ax.plot(*zip(*points), "o-", ms=4, color="#55a868", label="before healing")
             ax.axhline(report["loss"]["before"], color="grey", lw=0.8, ls="--", label="original")
-            ax.set(xlabel="cached bytes per token", ylabel="loss (nats per token)", title="loss against the cache", xlim=(0, None))
-        if panel != "curve":
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set(xlabel="cached bytes per token", ylabel="loss (nats per token)", xlim=(0, None))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def run(o, model, state, dataset):
-    """Compress, heal and measure as the options say. Returns (compressed model, report)."""
-    device, config = model.lm_head.weight.device, model.config
-    dtype = choose_dtype("auto", device)
-    windows = validation_windows(dataset.val, o.block_size, o.eval_windows)
-    sampler = WindowSampler(dataset.train, o.block_size, o.seed)
-    seen = sampler.batch(0, o.calibration_windows + o.probe_windows)  # the first ones calibrate, the rest are a probe's
-    tokens = torch.from_numpy(seen[0][: o.calibration_windows]).to(device) if o.calibration_windows and o.method != "svd" else None
-
-    def measure(model):
-        return evaluate(model, windows, o.batch_size, device, dtype)
-
-    def show(text):
-        print(text, flush=True)
-
-    loss = dict(before=measure(model))
-    show(f"{config.attention}, {model.n_params():,} parameters, {config.n_layer} layers of {config.kv_heads(0)[0]} key and {config.kv_heads(0)[1]} value heads"
-         f"\nloss {loss['before']:.4f} before")  # fmt: skip
-    report = dict(method=o.method, budget=o.budget, seed=o.seed, options=asdict(o))
-    costs = None
-    if o.budget == "probe":
-        few = tuple(part[o.calibration_windows :] for part in seen)  # neither calibrated nor reported on
-        said = lambda layer, kind, costs: show(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: " + " ".join(f"{c:+.4f}" for c in costs))
-        costs = probe(model, o.method, tokens, few, report=said)
-        report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
-    if o.curve:
-        report["curve"] = []
-        for ratio in curve_of(o):
-            smaller = copy.deepcopy(model)
-            compress(smaller, choose_ranks(config, ratio, o.budget, costs), o.method, tokens)
-            point = dict(kv_ratio=ratio, kv_bytes_per_token=smaller.config.kv_bytes_per_token(), loss=measure(smaller))
-            report["curve"].append(point)
-            show(f"kv_ratio {ratio:g}: {point['kv_bytes_per_token']:,} bytes per token, loss {point['loss']:.4f}")
-            del smaller
-    ranks = choose_ranks(config, o.kv_ratio, o.budget, costs)
-    speed, size = decoding(model, o.rows, o.context)  # now, so that no second model has to be kept for it
-    original = copy.deepcopy(model) if o.distill or o.continue_original else None
-    report["errors"] = compress(model, ranks, o.method, tokens)
-    loss["after"] = measure(model)
-    show(f"loss {loss['after']:.4f} after compressing ({loss['after'] - loss['before']:+.4f})")
-    if o.heal_steps:
-        data = WindowSampler(dataset.train, o.block_size, o.seed + 1)
-        every = max(1, o.heal_steps // 10)
-        said = lambda step, value: show(f"healing: step {step}/{o.heal_steps}, {'KL' if o.distill else 'loss'} {value:.4f}") if step % every == 0 else None
-        heal(model, data, o, o.heal_steps, original if o.distill else None, said)
-        loss["healed"] = measure(model)
-        show(f"loss {loss['healed']:.4f} after healing ({loss['healed'] - loss['before']:+.4f})")
-        if o.continue_original:
-            loss["continued"] = measure(heal(original, data, replace(o, heal_params="all"), o.heal_steps))
-            show(f"loss {loss['continued']:.4f} of the original after the same steps; healed - continued {loss['healed'] - loss['continued']:+.4f}")
-    speeds, sizes = zip((speed, size), decoding(model, o.rows, o.context))
-    per_token = [size // (o.rows * o.context) for size in sizes]
-    report |= dict(
-        ranks=[list(pair) for pair in ranks], loss=loss, bpb={name: dataset.bits_per_byte(value) for name, value in loss.items()},
-        kv_bytes_per_token=dict(before=per_token[0], after=per_token[1]), kv_ratio=per_token[1] / per_token[0],
-        cache=dict(rows=o.rows, context=o.context, bytes=dict(before=sizes[0], after=sizes[1])),
-        decode_tokens_per_second=dict(before=round(speeds[0], 2), after=round(speeds[1], 2)),
-    )  # fmt: skip
-    return model, report
-
-
-def print_report(report):
-    print(f"\n{'':<28}{'before':>14}{'after':>14}" + f"{'healed':>14}" * ("healed" in report["loss"]) + f"{'original on':>14}" * ("continued" in report["loss"]))
-    for name, key, form in (("loss, nats per token", "loss", "14.4f"), ("bits per byte", "bpb", "14.4f"), ("cached bytes per token", "kv_bytes_per_token", "14,"),
-                            ("decoding, tokens/s", "decode_tokens_per_second", "14,.1f")):  # fmt: skip
-        print(f"{name:<28}" + "".join(f"{value:{form}}" for value in report[key].values()))
-    cache = report["cache"]
-    print(f"{'cache of ' + str(cache['rows']) + ' x ' + format(cache['context'], ','):<28}" + "".join(f"{size / 2**20:>10,.2f} MiB" for size in cache["bytes"].values()))
-    print("\nlayer   keys  values   % of energy lost: keys  values")
-    for layer, ((n_k, n_v), error) in enumerate(zip(report["ranks"], report["errors"])):
-        print(f"{layer:>5}{n_k:>7}{n_v:>8}{100 * error['k']:>23.3f}{100 * error['v']:>8.3f}")
+def export(o, given):
+    """Write the checkpoint as it is as a Hugging Face folder."""
+    if ignored := given - {"export", "checkpoint", "out_dir"}:
+        raise ValueError(
+            f"export only writes the checkpoint, into a new folder: leave out {', '.join(sorted(ignored))}"
+        )
+    model, _ = load_checkpoint(o.checkpoint)
+    note = to_pretrained(model, o.out_dir, load_tokenizer(find_checkpoint(o.checkpoint).parent))
+    say(f"wrote {o.out_dir}, which transformers reads" + (f"; {note}" if note else ""))
 
 
 def main(argv=None):
@@ -685,30 +790,28 @@ def main(argv=None):
     try:
         o.out_dir = o.out_dir or f"{str(o.checkpoint).rstrip('/')}-{'hf' if o.export else f'kv{o.kv_ratio:g}'}"
         if o.export:
-            if ignored := given - {"export", "checkpoint", "out_dir"}:
-                raise ValueError(f"export only writes the checkpoint as it is, into a new folder: leave out {', '.join(sorted(ignored))}")
-            model, _ = load_checkpoint(o.checkpoint)
-            tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
-            model.to_pretrained(o.out_dir, tokenizer if hasattr(tokenizer, "content") else None)
-            print(f"wrote {o.out_dir}, which transformers.AutoModelForCausalLM.from_pretrained reads")
-            return
+            return export(o, given)
         model, state, dataset = open_job(o, given)
+        start = () if starts_bare(state) else dataset.tokenizer.start_of_text
+        MEA.kernel = o.kernel
         if o.threads:
             torch.set_num_threads(o.threads)
         torch.manual_seed(o.seed)
-        model, report = run(o, model, state, dataset)
+        model, report = run(o, model, dataset, start)
         with new_folder(o.out_dir, o.overwrite) as folder:
-            data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"])
-            save_checkpoint(folder, dict(model=model.state_dict(), config=asdict(model.config), data=data, options=dict(data_dir=str(dataset.folder))))
+            saved = dict(model=model.state_dict(), config=asdict(model.config), data=describe_data(dataset))
+            saved |= dict(options=dict(data_dir=str(dataset.folder)), start_of_text=bool(start))
+            save_checkpoint(folder, saved)
             dataset.tokenizer.save(folder)
-            for name, content in (("config.json", dict(format=FORMAT, model=asdict(model.config))), ("report.json", report)):
+            config = dict(format=FORMAT, model=asdict(model.config))
+            for name, content in (("config.json", config), ("report.json", report)):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
             draw_report(report, folder / "report.png")
     except (ValueError, OSError) as error:
         fail(error)
     print_report(report)
-    print(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {o.out_dir}")
+    say(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {o.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

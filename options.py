@@ -1,14 +1,14 @@
 """What every program here shares: a dataclass as its command line, errors in one line, the machine it runs on.
 
-The options of a program are the fields of one dataclass: `option` declares one, `parse_options` reads the command line, and
-`check_options` holds values to their declared types and bounds. Nothing here depends on another file of this repository.
-Import this file before torch: it sets how torch's threads wait.
+The options of a program are the fields of one dataclass: `option` declares one, `parse_options` reads the command line,
+and `check_options` holds values to their declared types and bounds. Nothing here depends on another file of this
+repository. Import this file before torch: it sets how torch's threads wait.
 """
 
 import os
 
-# Threads that wait soon go to sleep, unless the environment says otherwise. Spinning, the default, can be 30 times slower on
-# a busy machine; never spinning loses a tenth on an idle one. OpenMP reads this once, when torch is loaded.
+# Threads that wait soon go to sleep, unless the environment says otherwise. Spinning, the default, can be 30 times
+# slower on a busy machine; never spinning loses a tenth on an idle one. OpenMP reads this once, when torch is loaded.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ
 
 import argparse
@@ -26,7 +26,8 @@ from typing import get_args
 
 
 def option(default, help, choices=None, least=None, most=None, above=None, below=None):
-    """A dataclass field that `parse_options` turns into --name. Bounds: least <= value <= most, above < value < below."""
+    """A dataclass field that `parse_options` turns into --name. Bounds: least <= value <= most, above < value <
+    below."""
     return field(
         default=default, metadata=dict(help=help, choices=choices, least=least, most=most, above=above, below=below)
     )
@@ -65,8 +66,8 @@ def parse_options(cls, argv=None, presets=None):
 
 
 def check_options(options):
-    """`options`, a dataclass. Raises ValueError, naming field, value and what would do, for a value of another type than
-    declared, a number that is not finite or beyond 64 bits, or one outside the declared choices or bounds.
+    """`options`, a dataclass. Raises ValueError, naming field, value and what would do, for a value of another type
+    than declared, a number that is not finite or beyond 64 bits, or one outside the declared choices or bounds.
     """
     for f in fields(options):
         value, kinds, limits = getattr(options, f.name), get_args(f.type) or (f.type,), f.metadata

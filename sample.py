@@ -1,11 +1,10 @@
 """Text from a checkpoint: `python sample.py --checkpoint out/small --prompt "def "`. Read `model.GPT.generate` for how.
 
-The text streams to standard output as it comes; what it cost (tokens per second, bytes of the cache) goes to standard error.
+The text streams to standard output as it comes; what it cost (tokens per second, bytes of the cache) goes to standard
+error.
 """
 
-import os
-
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
+from options import choose_device, fail, option, parse_options, run_program
 
 import sys
 import time
@@ -14,25 +13,30 @@ from pathlib import Path
 
 import torch
 
+from attention import MEA
+from checkpoint import find_checkpoint, load_checkpoint
 from data.tokenizer import load_tokenizer
-from model import KVCache, check_sampling, fail, find_checkpoint, load_checkpoint, option, parse_options
-from train import choose_device
+from model import KVCache, check_sampling
+from train import KERNELS
 
 
 @dataclass
 class Options:
-    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, or a Hugging Face folder")
+    checkpoint: str = option("out/small", "run folder, a checkpoint file in one, a Hugging Face folder or hub name")
     prompt: str = option("", "text to go on from (default: the start of a document)")
     prompt_file: str = option("", "read the prompt from this file; - is standard input")
-    num_samples: int = option(1, "continuations to write")
-    max_new_tokens: int = option(200, "tokens of each")
-    temperature: float = option(0.8, "0 takes the likeliest token every time")
-    top_k: int | None = option(50, "draw among this many of the likeliest tokens; 0 for all")
-    top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this")
-    seed: int = option(0, "of the first sample; the next one takes the next number")
-    no_cache: bool = option(False, "compute every token from the whole context: slow, and the same text at temperature 0")
+    num_samples: int = option(1, "continuations to write", least=1)
+    max_new_tokens: int = option(200, "tokens of each", least=0)
+    temperature: float = option(0.8, "0 takes the likeliest token every time", least=0)
+    top_k: int | None = option(50, "draw among this many of the likeliest tokens; 0 for all", least=0)
+    top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this", above=0, most=1)
+    seed: int = option(0, "of the first sample; the next one takes the next number", least=0)
+    no_cache: bool = option(
+        False, "compute every token from the whole context: slow, and the same text at temperature 0"
+    )
+    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)")
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
 
 def read_prompt(o):
@@ -45,18 +49,28 @@ def read_prompt(o):
 
 
 def open_model(path, device):
-    """(model in eval mode, tokenizer, ids that begin every text, ids that end one) of a checkpoint. Raises ValueError or OSError."""
+    """(model in eval mode, tokenizer, ids that begin every text, ids that end one). Raises ValueError or OSError."""
     model, state = load_checkpoint(path, device)
     tokenizer = load_tokenizer(find_checkpoint(path).parent)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer beside {path} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}")
-    start = () if "data" in state else tokenizer.start_of_text  # train.py knows no start of text
-    stop = {tokenizer.end_of_text, *range(tokenizer.vocab_size, model.config.vocab_size)}  # published models have rows that spell nothing
+        sizes = f"{tokenizer.vocab_size} tokens and the model {model.config.vocab_size}"
+        raise ValueError(f"the tokenizer beside {path} has {sizes}")
+    start = () if starts_bare(state) else tokenizer.start_of_text
+    stop = {tokenizer.end_of_text, *getattr(tokenizer, "end_tokens", ())}
+    stop |= set(range(tokenizer.vocab_size, model.config.vocab_size))  # published models have rows that spell nothing
     return model, tokenizer, start, stop
 
 
+def starts_bare(state):
+    """Whether a checkpoint's model saw no start of text: one that train.py made, not one compressed from elsewhere."""
+    return "data" in state and not state.get("start_of_text", False)
+
+
 class TextStream:
-    """The text that each new token adds. A token may end inside a character, and SentencePiece spells a space by what stands before."""
+    """The text that each new token adds.
+
+    A token may end inside a character, and SentencePiece spells a space by what stands before.
+    """
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.tokens = tokenizer, list(prompt[-8:])
@@ -69,7 +83,8 @@ class TextStream:
     def rest(self):
         text = self.tokenizer.decode(self.tokens)
         new = text[self.shown :]
-        self.tokens = self.tokens[-8:] if len(self.tokens) > 64 else self.tokens  # a few for context: decoding all takes quadratic time
+        if len(self.tokens) > 64:  # a few stay for context: decoding all takes quadratic time
+            self.tokens = self.tokens[-8:]
         self.shown = len(self.tokenizer.decode(self.tokens))
         return new
 
@@ -77,19 +92,16 @@ class TextStream:
 def main(argv=None):
     o, _ = parse_options(Options, argv)
     try:
-        if o.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {o.num_samples}")
-        if o.threads < 0:
-            raise ValueError(f"threads must be at least 0, not {o.threads}")
         check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
         prompt = read_prompt(o)
-        device = choose_device(o.device)
-        model, tokenizer, start, stop = open_model(o.checkpoint, device)
+        model, tokenizer, start, stop = open_model(o.checkpoint, choose_device(o.device))
     except (ValueError, OSError) as error:
         fail(error)
+    MEA.kernel = o.kernel
     if o.threads:
         torch.set_num_threads(o.threads)
     tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+    how = dict(temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, stop_tokens=stop, keep=len(start))
 
     count, began = 0, time.monotonic()
     for sample in range(o.num_samples):
@@ -102,20 +114,20 @@ def main(argv=None):
 
         try:
             new = model.generate(
-                [tokens], o.max_new_tokens, temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, seed=o.seed + sample,
-                stop_tokens=stop, use_cache=not o.no_cache, on_token=show,
-            )  # fmt: skip
-        except ValueError as error:  # logits that are not finite
+                [tokens], o.max_new_tokens, **how, seed=o.seed + sample, use_cache=not o.no_cache, on_token=show
+            )
+        except ValueError as error:  # logits that are not finite, or a path that this machine has not
             fail(error)
         count += len(new[0])
-        sys.stdout.write(text.rest() + ("\n" if sample + 1 == o.num_samples else "\n\n" + "-" * 80 + "\n"))
+        last = sample + 1 == o.num_samples
+        sys.stdout.write(text.rest() + ("\n" if last else "\n\n" + "-" * 80 + "\n"))
+    sys.stdout.flush()
     seconds = max(time.monotonic() - began, 1e-9)
     positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
-    cache = "no cache" if o.no_cache else (
-        f"cache {KVCache(model.config, 1, positions).nbytes:,} bytes ({model.config.kv_bytes_per_token():,} a token, {positions} positions)"
-    )
+    size, per_token = KVCache(model.config, 1, positions).nbytes, model.config.kv_bytes_per_token()
+    cache = "no cache" if o.no_cache else f"cache {size:,} bytes ({per_token:,} a token, {positions} positions)"
     print(f"{count} tokens, {count / seconds:,.1f} tokens/s, {cache}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

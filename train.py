@@ -1,166 +1,136 @@
 """Pretraining on a prepared data set: `python train.py` makes the default data, trains a small MEA model and samples.
 
-A run folder (--out_dir) holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metrics.jsonl (a line a step)
-and, with matplotlib, loss.png; run.lock keeps a second process out. A run that was stopped, or killed, goes on with --resume
-and ends with the same weights bit for bit on a CPU. Under `torchrun` several processes train one model. Read `model.py` first
-and `sample.py` next.
+A run folder (--out_dir) holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metrics.jsonl (a line
+a step) and, with matplotlib, loss.png; run.lock keeps a second process out. A run that was stopped, or killed, goes on
+with --resume and ends with the same weights bit for bit on a CPU. Under `torchrun` several processes train one model.
+Read `model.py` first and `sample.py` next.
 """
 
-import os
-
-# Before torch is loaded: threads that wait soon go to sleep, unless the environment says otherwise. Threads that spin, as they do by default, can run 30
-# times slower on a busy machine; threads that never spin lose a tenth on an idle one.
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ
+from options import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    fail,
+    option,
+    parse_options,
+    run_program,
+    say,
+    write_atomically,
+)
 
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout  # torch brings it
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import model as gpt
+from attention import ATTENTION, MEA
+from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from data import prepare
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, find_checkpoint, load_checkpoint, option, parse_options, save_checkpoint
+from model import GPT, GPTConfig, build_config
 
 DEFAULT_DATA = "data/python"
+KERNELS = ["auto", "triton", "sdpa", "reference"]
 
-# Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for GPUs,
-# with a larger corpus: see the README.
+# Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for
+# GPUs, with a larger corpus: see the README.
 TRAINING = {
-    "tiny": dict(batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
-    "small": dict(batch_size=8, max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64),
-    "base": dict(batch_size=16, grad_accum=30, max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512),
-    "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512),
-}  # fmt: skip
+    "tiny": dict(max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
+    "small": dict(max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64),
+    "base": dict(
+        max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512
+    )
+    | dict(batch_size=16, grad_accum=30),
+    "1b": dict(
+        max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512
+    )
+    | dict(batch_size=8, grad_accum=64),
+}
 PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
 
 
 @dataclass
-class Options:
-    preset: str = option("small", "model shape and training settings; every other option overrides its own", list(PRESETS))
-    # model
-    attention: str = option("mea", "attention of every layer", list(gpt.ATTENTION))
-    head_norm: bool | None = option(None, "RMS norm on each head's output (default: on for dfa and mea)")
-    mea_form: str = option("auto", "where MEA applies its composition", ["auto", "compose", "fold", "absorb"])
-    n_layer: int | None = option(None, "layers")
-    n_head: int | None = option(None, "attention heads")
-    n_kv_head: int | None = option(None, "key/value heads that are projected and cached (default: n_head)")
-    n_embd: int | None = option(None, "width of the model")
-    intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of n_embd, rounded up to 32)")
-    block_size: int | None = option(None, "positions in a training window")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    tie_embeddings: bool = option(False, "one matrix for the embedding and the output head")
-    dropout: float = option(0.0, "on attention weights and on what each sublayer adds")
+class Options(GPTConfig):
+    vocab_size: int = 256  # comes with the data
+    preset: str = option("small", "model shape and training settings; every other option overrides its own", PRESETS)
     # data and run
     data_dir: str = option(DEFAULT_DATA, "prepared data set (see data/prepare.py)")
     out_dir: str = option("", "run folder (default: out/<preset>)")
-    init_from: str = option("", "run folder, checkpoint or Hugging Face folder whose weights to start from")
+    init_from: str = option("", "run folder, checkpoint, Hugging Face folder or hub name whose weights to start from")
     resume: bool = option(False, "go on with the run in out_dir")
     overwrite: bool = option(False, "replace the run in out_dir")
     # optimisation
-    max_steps: int = option(350, "optimiser steps")
-    batch_size: int = option(8, "windows in a micro-batch")
-    grad_accum: int = option(1, "micro-batches in a step, in each process: 2 processes see what one with twice as many sees")
-    learning_rate: float = option(6e-3, "peak of the schedule")
-    warmup_steps: int = option(50, "steps of linear warm-up")
-    schedule: str = option("cosine", "after warm-up: cosine to 10 % of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)", ["cosine", "constant", "wsd"])
-    weight_decay: float = option(0.1, "AdamW's, on matrices only")
-    beta1: float = option(0.9, "AdamW's")
-    beta2: float = option(0.95, "AdamW's")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip")
-    seed: int = option(0, "of the weights, the order of the data and dropout")
+    max_steps: int = option(350, "optimiser steps", least=1)
+    batch_size: int = option(8, "windows in a micro-batch", least=1, most=gpt.LARGEST)
+    grad_accum: int = option(1, "micro-batches in a step, in each process", least=1, most=gpt.LARGEST)
+    learning_rate: float = option(6e-3, "peak of the schedule", above=0)
+    warmup_steps: int = option(50, "steps of linear warm-up", least=0)
+    schedule: str = option(
+        "cosine",
+        "after warm-up: cosine to 10 % of the peak, constant, or wsd (constant, then linear to 0 over the last fifth)",
+        ["cosine", "constant", "wsd"],
+    )
+    weight_decay: float = option(0.1, "AdamW's, on matrices only", least=0)
+    beta1: float = option(0.9, "AdamW's", least=0, below=1)
+    beta2: float = option(0.95, "AdamW's", least=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", least=0)
+    seed: int = option(0, "of the weights, the order of the data and dropout", least=0)
     # evaluation and saving
-    eval_every: int = option(50, "steps between evaluations")
-    eval_windows: int = option(64, "validation windows, always the same ones")
-    save_every: int = option(50, "steps between checkpoints")
+    eval_every: int = option(50, "steps between evaluations", least=1)
+    eval_windows: int = option(64, "validation windows, always the same ones", least=1, most=gpt.LARGEST)
+    save_every: int = option(50, "steps between checkpoints", least=1)
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = option("auto", "of matrix products (weights stay float32); auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
-    parallel: str = option("ddp", "under torchrun, each process holds the whole model (ddp) or a part of every weight and moment (fsdp)", ["ddp", "fsdp"])
-    activation_checkpointing: bool = option(False, "recompute each block in the backward: less memory, more time, the same numbers")
+    dtype: str = option(
+        "auto",
+        "of matrix products (weights stay float32); auto takes bfloat16 where the device has it",
+        ["auto", "float32", "bfloat16"],
+    )
+    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
+    parallel: str = option(
+        "ddp",
+        "under torchrun, each process holds the whole model (ddp) or a part of everything (fsdp)",
+        ["ddp", "fsdp"],
+    )
+    activation_checkpointing: bool = option(
+        False, "recompute each block in the backward: less memory, more time, the same numbers"
+    )
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")
-    threads: int = option(0, "CPU threads (0: as many as cores)")
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=gpt.LARGEST)
+
+    def __post_init__(self):  # a shape is checked where it is built
+        pass
 
 
 # What --resume may change: the rest would make it another run.
-CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every", "device", "parallel",
-              "activation_checkpointing", "compile", "threads"}  # fmt: skip
-
-
-def check_options(o):
-    """Raise ValueError for a value out of its range."""
-    for name in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_windows", "save_every"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(o, name)}")
-    for name in ("batch_size", "grad_accum", "eval_windows", "threads"):
-        if getattr(o, name) > gpt.LARGEST:
-            raise ValueError(f"{name} must be at most {gpt.LARGEST}, not {getattr(o, name)}")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "threads", "seed"):
-        if not 0 <= getattr(o, name) < math.inf:
-            raise ValueError(f"{name} must be at least 0, not {getattr(o, name)}")
-    if not 0 < o.learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be above 0, not {o.learning_rate}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(o, name) < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(o, name)}")
-    if o.resume and o.overwrite:
-        raise ValueError("resume goes on with a run and overwrite replaces it: give one of them")
-    if o.resume and o.init_from:
-        raise ValueError("resume takes the run's own weights: leave init_from out")
+CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every"} | {
+    *("device", "kernel", "parallel", "activation_checkpointing", "compile", "threads")
+}
+# What --init_from may change; attention only from mha to mea, which starts as the same function.
+REFITTED = {"dropout", "block_size", "attention", "head_norm", "compose", "mea_form"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
-
-def choose_device(name="auto"):
-    """torch.device for an option's text. Raises ValueError if this machine has no such device."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
-    if several and name not in ("cpu", "cuda"):
-        raise ValueError(f"several processes train on cpu or cuda, where each takes a GPU of its own, not on {name}")
-    if several and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not available here; leave --device out or use cpu") from error
-    return device
-
-
-def choose_dtype(name, device):
-    """The autocast dtype: bfloat16 where the hardware multiplies it faster than float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:  # without bfloat16 instructions a CPU would convert back and forth
-        fast = device.type == "cpu" and any(
-            getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device, dtype):
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 
 
 def utilisation(flops_per_second, device):
-    """Model FLOPs utilisation of a known GPU in bfloat16 (PaLM, appendix B), otherwise None."""
+    """Model FLOPs utilisation of a known GPU in dense bfloat16 (PaLM, appendix B), otherwise None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
     return flops_per_second / peak if peak else None
@@ -173,45 +143,6 @@ def peak_memory(device):
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def scheduler_times():
-    """Seconds that this process's threads have run, and have waited for a core to run on; (0, 0) where Linux does not say."""
-    ran = waited = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError, ValueError):  # a thread may have ended
-            times = path.read_text().split()
-            ran, waited = ran + int(times[0]), waited + int(times[1])
-    return ran / 1e9, waited / 1e9
-
-
-def crowded(ran, waited):
-    """Whether threads that ran and waited for so many seconds had to share their cores. Sleeping, as for a disk, is neither.
-
-    Alone on its core a training thread waited for 1 % of the time, beside one busy process for 50 %, beside two for 65 %.
-    """
-    return ran + waited > 10 and waited > 0.3 * (ran + waited)
-
-
-class CrowdWatch:
-    """Says once, in one line, that other programs or too many threads make the run slow."""
-
-    def __init__(self):
-        self.before, self.said = None, False
-
-    def look(self):
-        now = scheduler_times()
-        if self.before is None:  # the first step warms up, and compiles
-            self.before = now
-        ran, waited = (b - a for a, b in zip(self.before, now))
-        if crowded(ran, waited) and not self.said:
-            threads = torch.get_num_threads()
-            fewer = f", or give --threads {max(1, min(threads, os.cpu_count()) - 1)} instead of {threads}" if threads > 1 else ""
-            print(f"slow: this run's threads spend {waited / (ran + waited):.0%} of their time waiting for one of the {os.cpu_count()} cores "
-                  f"(load {os.getloadavg()[0]:.1f}): end other programs{fewer}", file=sys.stderr)  # fmt: skip
-            self.said = True
-        if ran + waited > 10:
-            self.before = now
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,13 +168,14 @@ def gather(number):
 def join_processes():
     """Find the others that torchrun started. Raises ValueError where it did not."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
 
 
-def spread(model, parallel, device):
-    """What to call in place of the model so that the ranks' gradients are averaged; fsdp divides `model` itself among them."""
+def wrap_distributed(model, parallel, device):
+    """What to call in place of the model so that the ranks' gradients are averaged; fsdp divides `model` among them."""
     _, world_size = ranks()
     if world_size == 1:
         return model
@@ -257,55 +189,41 @@ def spread(model, parallel, device):
     return model
 
 
-def sync_gradients(run, last):
+def sync_gradients(wrapped, last):
     """Let the next backward exchange gradients only if it is the step's last."""
-    if hasattr(run, "set_requires_gradient_sync"):  # fsdp
-        run.set_requires_gradient_sync(last)
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # fsdp
+        wrapped.set_requires_gradient_sync(last)
     elif ranks()[1] > 1:
-        run.require_backward_grad_sync = last
+        wrapped.require_backward_grad_sync = last
 
 
-def whole(tensor):
-    """A tensor that fsdp has divided, put together on the CPU (every rank must call); any other as it is."""
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by name, and as one process would have it
 
 
-def whole_state(model, optimizer):
-    """(model's state, optimizer's state) on rank 0 as one process would have them. Every rank must call."""
-
-    def collect(values):  # one tensor at a time: only rank 0 has to hold them all
-        collected = {}
-        for name, value in values.items():
-            value = whole(value)
-            if ranks()[0] == 0:
-                collected[name] = value
-        return collected
-
-    state = optimizer.state_dict()
-    return collect(model.state_dict()), {**state, "state": {i: collect(moments) for i, moments in state["state"].items()}}
-
-
-def divided_state(state, optimizer):
-    """The inverse for an optimizer's state: moments divided as fsdp has divided their parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def divide(value, p):
-        if not hasattr(p, "full_tensor") or value.shape != p.shape:
-            return value
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-
-    moments = {i: {name: divide(value, parameters[i]) for name, value in entry.items()} for i, entry in state["state"].items()}
-    return {**state, "state": moments}
+def optimizer_by_name(state, model):
+    """The optimizer's state of a checkpoint; formats before nanomea-3 number the parameters instead of naming them."""
+    if state["format"] == FORMAT:
+        return state["optimizer"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in model.parameter_groups(0)]
+    moments = dict(zip(sum(groups, []), (state["optimizer"]["state"][i] for i in range(sum(map(len, groups))))))
+    old = state["optimizer"]["param_groups"]
+    return dict(state=moments, param_groups=[{**group, "params": named} for group, named in zip(old, groups)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a step
 
 
-def learning_rate(o, step):
-    """The rate of update number `step`, counted from 0."""
+def make_optimizer(groups, rate, betas=(0.9, 0.95)):
+    """AdamW over parameter groups (see `GPT.parameter_groups`). Put another optimizer here: its state is saved by
+    name."""
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=device in ("cpu", "cuda"))
+
+
+def learning_rate(o, step, floor=0.1):
+    """The rate of update number `step`, counted from 0; a cosine ends at `floor` times the peak."""
     if step < o.warmup_steps:
         return o.learning_rate * (step + 1) / o.warmup_steps
     if o.schedule == "constant":
@@ -314,11 +232,11 @@ def learning_rate(o, step):
         decay = max(1, o.max_steps // 5)
         return o.learning_rate * min(1.0, (o.max_steps - step) / decay)
     progress = (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)
-    return o.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return o.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 class SpikeCounter:
-    """Counts steps whose loss stands 6 standard deviations above its running mean (both exponential, over about 50 steps)."""
+    """Counts steps whose loss stands 6 standard deviations above its running mean (both exponential, over 50 steps)."""
 
     def __init__(self, count=0, seen=0, mean=0.0, variance=0.0):
         self.count, self.seen, self.mean, self.variance = count, seen, mean, variance
@@ -338,7 +256,8 @@ class SpikeCounter:
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, device, dtype):
-    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T), divided among the ranks."""
+    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T), divided among the
+    ranks."""
     was_training = model.training
     model.eval()
     total, (rank, world_size) = 0.0, ranks()
@@ -364,93 +283,137 @@ class Stop(Exception):
 # A run
 
 
-@contextlib.contextmanager
-def run_lock(out):
-    """Hold out/run.lock, so that no second process writes the run folder. Raises ValueError where another one holds it.
+def lock_run(out):
+    """Hold out/run.lock, so that no second process writes the run folder: a context manager.
 
-    The lock is the kernel's, not the file's existence: it ends with the process however that ends, so none is ever stale.
+    The lock is the kernel's: it ends with the process however that ends. Raises ValueError where another one holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "run.lock", "a") as file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {out}: wait for it, stop it, or give another --out_dir") from None
-        except (ImportError, OSError):  # some network file systems have no locks either
-            print(f"note: {out} cannot be locked here: start no second run in it", file=sys.stderr)
-        yield
+    try:
+        return FileLock(out / "run.lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is at work in {out}: wait for it, stop it, or give another --out_dir"
+        ) from None
 
 
 def holds_run(out):
-    return (out / "config.json").exists() or (out / "checkpoint.pt").exists() or (out / "checkpoint.prev.pt").exists()
+    return any((out / name).exists() for name in ("config.json", "checkpoint.pt", "checkpoint.prev.pt"))
 
 
 def open_run(o, given, held):
-    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or OSError.
+    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or
+    OSError.
 
     The run folder's lock is entered into `held`, a contextlib.ExitStack.
     """
-    check_options(o)
-    _, world_size = ranks()
-    out = Path(o.out_dir or f"out/{o.preset}")
-    state = None
+    if o.resume and (o.overwrite or o.init_from):
+        other = "overwrite replaces it" if o.overwrite else "init_from begins another"
+        raise ValueError(f"resume goes on with a run and {other}: give one of them")
+    out, state = Path(o.out_dir or f"out/{o.preset}"), None
     writes = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process writes, and locks, for all
     existing = holds_run(out)
     if writes and existing:
-        held.enter_context(run_lock(out))
+        held.enter_context(lock_run(out))
     if o.resume:
-        model, state = load_checkpoint(out)
-        if not isinstance(state.get("options"), dict) or "optimizer" not in state:
-            raise ValueError(f"{out} holds weights without a training run to go on with: use --init_from {out}")
-        saved = check_resumable(state, model, out)
-        micro_batches = saved.grad_accum * state.get("world_size", 1)  # a step's, in all processes together
-        if micro_batches % world_size:
-            raise ValueError(f"a step of this run is {micro_batches} micro-batches, which {world_size} processes cannot share equally: start another number")
-        saved.grad_accum = micro_batches // world_size
-        for name in sorted(given - CHANGEABLE):
-            if getattr(o, name) != getattr(saved, name):
-                raise ValueError(f"this run has {name} {getattr(saved, name)}, not {getattr(o, name)}: leave it out to resume, or start another run")
-        o = Options(**{**asdict(saved), **{name: getattr(o, name) for name in given & CHANGEABLE}, "resume": True, "overwrite": False})
-    elif existing:
-        if not o.overwrite:
-            raise ValueError(f"{out} already holds a run: give --resume to go on with it, --overwrite to replace it, or another --out_dir")
-    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"run.lock", "config.json.tmp"}):  # left by an early kill
-        raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
+        state = load_checkpoint(out)[1]
+        o = resumed_options(o, given, state, out)
+    elif existing and not o.overwrite:
+        how = "--resume to go on with it, --overwrite to replace it"
+        raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
+    elif not existing and out.exists():
+        if not out.is_dir() or {path.name for path in out.iterdir()} - {
+            "run.lock",
+            "config.json.tmp",
+        }:  # an early kill's
+            raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     o.out_dir = str(out)
     choose_device(o.device)
-
-    shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
-    config = GPTConfig(vocab_size=256, **shape)  # the vocabulary comes with the data: check all the rest first
+    config = build_config(o)  # the vocabulary comes with the data: check all the rest first
     if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists() and not o.resume:  # a run that goes on has its data
-        print(f"preparing the default data set in {o.data_dir}")
+        say(f"preparing the default data set in {o.data_dir}")
         prepare.prepare(source="python", out_dir=o.data_dir)
-    dataset = open_dataset(o.data_dir)
-    config.vocab_size = dataset.vocab_size
-    if state is not None:
+    try:
+        dataset = open_dataset(o.data_dir)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}; if it lies elsewhere, say where with --data_dir") from None
+    config = build_config(o, vocab_size=dataset.vocab_size)
+    if o.resume:
         if state["data"]["fingerprint"] != dataset.fingerprint:
             raise ValueError(f"{o.data_dir} is not the data set this run was trained on: give its own with --data_dir")
         config = GPTConfig(**state["config"])
     elif o.init_from:
-        _, state = load_checkpoint(o.init_from)
-        if "data" in state:
-            check_data(state, o.init_from)
-        else:  # a Hugging Face folder, whose window may be too long to train on: the option, or the preset, cuts it
-            state["config"]["block_size"] = min(o.block_size, state["config"]["block_size"])
-        for name in sorted(given & set(state["config"])):
-            if getattr(o, name) != state["config"][name]:
-                raise ValueError(f"{o.init_from} has {name} {state['config'][name]}, not {getattr(o, name)}: leave it out")
+        state = load_checkpoint(o.init_from)[1]
+        config = initial_config(o, given, state)
         if not same_tokenizer(o.init_from, state, dataset):
-            raise ValueError(f"{o.data_dir} was made with another tokenizer than {o.init_from}: prepare it with that one")
-        config = GPTConfig(**state["config"])
-    WindowSampler(dataset.train, config.block_size)
-    validation_windows(dataset.val, config.block_size, 1)
+            how = f"prepare it with that one (data/prepare.py --tokenizer {o.init_from})"
+            raise ValueError(f"{o.data_dir} was made with another tokenizer than {o.init_from}: {how}")
+    for split, tokens in (("training", dataset.train), ("validation", dataset.val)):
+        if len(tokens) <= config.block_size:
+            short = f"{len(tokens)} tokens are too few for block_size {config.block_size}"
+            raise ValueError(
+                f"the {split} split of {o.data_dir} is too short: {short}; use more text or a smaller block"
+            )
     if writes and not existing:
-        held.enter_context(run_lock(out))
+        held.enter_context(lock_run(out))
         if holds_run(out):  # since the look above
             raise ValueError(f"{out} holds a run that another process has just made: give another --out_dir")
     return o, config, dataset, state
+
+
+def resumed_options(o, given, state, out):
+    """The options to go on with: the run's own, with what --resume may change. Raises ValueError."""
+    needed = {"optimizer": dict, "options": dict, "step": int, "rng": dict, "spikes": dict, "data": dict}
+    lacking = [name for name, kind in needed.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise ValueError(
+            f"{out} holds weights without a training run to go on with ({lacking[0]}): use --init_from {out}"
+        )
+    known = {f.name for f in fields(Options)}
+    if unknown := sorted(set(state["options"]) - known):
+        raise ValueError(f"{out} cannot be resumed: this program has no option {unknown[0]}")
+    saved = Options(**state["options"])
+    _, world_size = ranks()
+    micro_batches = saved.grad_accum * state.get("world_size", 1)  # a step's, in all processes together
+    if micro_batches % world_size:
+        cannot = f"{micro_batches} micro-batches, which {world_size} processes cannot share equally"
+        raise ValueError(f"a step of this run is {cannot}: start another number")
+    saved.grad_accum = micro_batches // world_size
+    for name in sorted(given - CHANGEABLE):
+        mine, theirs = getattr(o, name), getattr(saved, name)
+        if mine != theirs:
+            raise ValueError(f"this run has {name} {theirs}, not {mine}: leave it out to resume, or start another run")
+    changes = {name: getattr(o, name) for name in given & CHANGEABLE} | dict(resume=True, overwrite=False)
+    o = Options(**{**asdict(saved), **changes})
+    if saved.schedule == "cosine" and o.max_steps > saved.max_steps and state["step"] >= saved.max_steps:
+        say(f"note: this run's cosine had ended; over {o.max_steps} steps the learning rate goes up again, to "
+            f"{learning_rate(o, state['step']):.2g}", end="\n")  # fmt: skip
+    return o
+
+
+def initial_config(o, given, state):
+    """The config of a run that starts from weights: theirs, with what may be changed. Raises ValueError."""
+    config = dict(state["config"])
+    if "data" not in state:  # a Hugging Face model, whose window may be too long to train on: the preset's cuts it
+        config["block_size"] = min(o.block_size, config["block_size"])
+    for name in sorted(given & set(config)):
+        mine, theirs = getattr(o, name), config[name]
+        longer = name == "block_size" and mine > state["config"][name]
+        other = name == "attention" and (theirs, mine) not in (("mha", "mea"), (theirs, theirs))
+        if mine != theirs and (name not in REFITTED or longer or other):
+            raise ValueError(f"{o.init_from} has {name} {theirs}, not {mine}: leave it out")
+        config[name] = mine
+    if "attention" in given and "head_norm" not in given and config["attention"] != state["config"]["attention"]:
+        config["head_norm"] = None  # the variant's own
+    return GPTConfig(**config)
+
+
+def load_initial(model, weights):
+    """Weights into a model that may have compositions and head norms beside them, which start as the identity."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    odd = [name for name in missing if not any(new in name for new in (".compose_", ".head_norm."))] + unexpected
+    if odd:
+        raise ValueError(f"the weights to start from do not fit the model: {odd[0]}")
 
 
 def same_tokenizer(checkpoint, state, dataset):
@@ -458,61 +421,15 @@ def same_tokenizer(checkpoint, state, dataset):
     if "data" in state:
         return state["data"]["tokenizer"] == dataset.meta["tokenizer"]["sha256"]
     folder = find_checkpoint(checkpoint).parent
-    if dataset.vocab_size > state["config"]["vocab_size"] or not (folder / "tokenizer.json").exists():
-        return dataset.vocab_size <= state["config"]["vocab_size"]  # all that can be known without a tokenizer
+    fits = dataset.vocab_size <= state["config"]["vocab_size"]
+    if not fits or not (folder / "tokenizer.json").exists():
+        return fits  # all that can be known without a tokenizer
     return getattr(dataset.tokenizer, "content", None) == load_tokenizer(folder).content
-
-
-def check_data(state, path):
-    data = state.get("data")
-    if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in ("fingerprint", "tokenizer")):
-        raise ValueError(f"{path} does not say which data it was trained on: its 'data' is malformed")
-
-
-def check_resumable(state, model, path):
-    """The Options saved in a checkpoint. Raises ValueError where what it holds beside the model could not be gone on with."""
-
-    def need(condition, what):
-        if not condition:
-            raise ValueError(f"{path} cannot be resumed: its {what}")
-
-    def is_tensor(value, dtype, shape):
-        return isinstance(value, torch.Tensor) and value.dtype == dtype and value.shape == shape and value.is_contiguous()
-
-    unknown = [str(name) for name in state["options"] if name not in Options.__dataclass_fields__]
-    need(not unknown, f"options are not of this program: {', '.join(unknown)[:100]}")
-    saved = Options(**state["options"])
-    gpt.check_types(saved)
-    for f in fields(Options):
-        need(not f.metadata["choices"] or getattr(saved, f.name) in f.metadata["choices"], f"option {f.name} is none of {f.metadata['choices']}")
-    check_options(replace(saved, resume=False, overwrite=False))
-    check_data(state, path)
-    need(type(state.get("world_size", 1)) is int and 0 < state.get("world_size", 1) < 2**20, "world_size is not a positive whole number")
-    need(type(state.get("step")) is int and 0 < state["step"] < 2**62, "step is not a positive whole number")
-    spikes, rng = state.get("spikes"), state.get("rng")
-    need(isinstance(spikes, dict) and spikes.keys() == vars(SpikeCounter()).keys(), "'spikes' are malformed")
-    need(all(type(value) in (int, float) and 0 <= value < 2**62 for value in spikes.values()), "'spikes' are out of range")
-    need(isinstance(rng, dict) and is_tensor(rng.get("cpu"), torch.uint8, torch.get_rng_state().shape), "random state is malformed")
-    try:
-        torch.Generator().set_state(rng["cpu"])
-    except RuntimeError:
-        need(False, "random state is malformed")
-    if torch.cuda.is_available() and rng.get("cuda") is not None:
-        need(is_tensor(rng["cuda"], torch.uint8, torch.cuda.get_rng_state().shape), "random state of the GPU is malformed")
-    parameters = [p for group in model.parameter_groups(0) for p in group["params"]]  # in the optimizer's order
-    moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
-    need(isinstance(moments, dict) and moments.keys() == set(range(len(parameters))), "optimizer has not the moments of every weight")
-    for p, entry in zip(parameters, (moments[i] for i in range(len(parameters)))):
-        need(isinstance(entry, dict) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}, "optimizer is not AdamW's")
-        shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-        need(all(is_tensor(entry[name], torch.float32, shape) for name, shape in shapes.items()), "optimizer's moments have not the shapes of its weights")
-    return saved
 
 
 def train(o, config, dataset, state=None):
     """Train as the options say and return the model. `state` is the checkpoint to resume or to take weights from."""
-    out = Path(o.out_dir)
-    rank, world_size = ranks()
+    out, (rank, world_size) = Path(o.out_dir), ranks()
     device = choose_device(o.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -521,88 +438,83 @@ def train(o, config, dataset, state=None):
         torch.set_num_threads(o.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
     torch.manual_seed(o.seed)
+    MEA.kernel = o.kernel
     model = GPT(config).to(device)
     model.activation_checkpointing = o.activation_checkpointing
     if state is not None:
-        model.load_state_dict(state["model"])
-    spread_model = spread(model, o.parallel, device)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(o.weight_decay), lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=device.type in ("cpu", "cuda")
-    )
+        load_initial(model, state["model"])
+    wrapped = wrap_distributed(model, o.parallel, device)
+    optimizer = make_optimizer(model.parameter_groups(o.weight_decay), o.learning_rate, (o.beta1, o.beta2))
     step, spikes = 0, SpikeCounter()
     if o.resume:
-        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # they follow from the options, not from a file
-        optimizer.load_state_dict(divided_state(state["optimizer"], optimizer))
+        moments = optimizer_by_name(state, model)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=WHOLE)
         step, spikes = state["step"], SpikeCounter(**state["spikes"])
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     first_step = step
     del state
-    run = torch.compile(spread_model) if o.compile else spread_model
+    run = torch.compile(wrapped) if o.compile else wrapped
     sampler = WindowSampler(dataset.train, config.block_size, o.seed)
     windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
     step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
     if rank == 0:
         prepare_folder(o, config, dataset, step)
-    print(
-        f"{config.attention} {'with' if config.head_norm else 'without'} head norm, {model.n_params():,} parameters, "
-        f"{len(dataset.train):,} tokens of {dataset.meta['source']}, {o.max_steps} steps of {step_tokens:,} tokens\n"
-        f"on {f'{world_size} processes ({o.parallel}), each ' if world_size > 1 else ''}{device}"
-        f"{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''} in {str(dtype)[6:]}, run folder {out}"
-        + (f", resumed at step {step}" if step else "")
-    )
+    say(describe_run(o, config, dataset, model, device, dtype, step_tokens, step))
 
     def save():
-        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-        data = dict(fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["sha256"], bytes_per_token=dataset.meta["splits"]["val"]["bytes"] / len(dataset.val))
-        weights, moments = whole_state(model, optimizer)
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        weights, moments = get_state_dict(model, optimizer, options=WHOLE)
         if rank == 0:
-            save_checkpoint(
-                out, dict(model=weights, optimizer=moments, step=step, rng=rng, config=asdict(config),
-                          options=asdict(o), world_size=world_size, data=data, spikes=vars(spikes))
-            )  # fmt: skip
+            state = dict(model=weights, optimizer=moments, step=step, rng=dict(cpu=torch.get_rng_state(), cuda=gpu))
+            state |= dict(config=asdict(config), options=asdict(o), world_size=world_size, spikes=vars(spikes))
+            save_checkpoint(out, state | dict(data=describe_data(dataset)))
 
-    def last_good():
-        try:
-            return f"the last good checkpoint is {gpt.find_checkpoint(out)}"
-        except FileNotFoundError:
-            return "no checkpoint was saved yet"
-
-    signals, crowd = [], CrowdWatch()
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number) if not signals else os._exit(128 + number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals, handlers = [], {}  # the first signal saves and leaves after the step; a second one leaves at once
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            handle = lambda number, _: signals.append(number) if not signals else os._exit(128 + number)
+            handlers[getattr(signal, name)] = signal.signal(getattr(signal, name), handle)
     model.train()
     began = shown = time.monotonic()
     try:
         with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
             while step < o.max_steps:
                 started = time.monotonic()
-                if rank > 0:  # dropout: rank 0 goes on with its saved stream, the others' follow from (seed, rank, step)
+                if (
+                    rank > 0
+                ):  # dropout: rank 0 goes on with its saved stream, the others' follow from (seed, rank, step)
                     torch.manual_seed(hash((o.seed, rank, step)))
                 rate = learning_rate(o, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss = 0.0
                 for micro_step in range(o.grad_accum):
-                    x, y = sampler.batch(step, o.batch_size, rank=rank, world_size=world_size, micro_step=micro_step, grad_accum=o.grad_accum)
-                    x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
-                    sync_gradients(spread_model, last=micro_step == o.grad_accum - 1)
+                    place = dict(rank=rank, world_size=world_size, micro_step=micro_step, grad_accum=o.grad_accum)
+                    x, y = (torch.from_numpy(part).to(device) for part in sampler.batch(step, o.batch_size, **place))
+                    sync_gradients(wrapped, last=micro_step == o.grad_accum - 1)
                     with autocast(device, dtype):
                         part = run(x, y)[1] / o.grad_accum
                     part.backward()
                     loss += part.item()
                 loss = sum(gather(loss)) / world_size
-                norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)).item()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+                norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise Stop(f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update; {last_good()}. "
-                               "Try a lower --learning_rate or more --warmup_steps", 1)  # fmt: skip
+                    raise Stop(
+                        f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update; "
+                        f"{last_good(out)}. Try a lower --learning_rate or more --warmup_steps",
+                        1,
+                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may stand still
-                line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm,
-                            tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))  # fmt: skip
-                if (mfu := utilisation(config.flops_per_token() * step_tokens / world_size / seconds, device)) is not None:
+                line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm)
+                line |= dict(tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))
+                mfu = utilisation(config.flops_per_token() * step_tokens / world_size / seconds, device)
+                if mfu is not None:
                     line["mfu"] = round(mfu, 4)
                 if step % o.eval_every == 0 or step == o.max_steps:
                     line["val_loss"] = evaluate(run, windows, o.batch_size, device, dtype)
@@ -612,13 +524,14 @@ def train(o, config, dataset, state=None):
                 if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     print_progress(line, o.max_steps, (shown - began) / (step - first_step))
-                    if rank == 0:
-                        crowd.look()
                 stop = int(max(gather(signals[0] if signals else 0)))  # a signal may reach only one of the ranks
                 if step % o.save_every == 0 or step == o.max_steps or stop:
                     save()
                 if stop and step < o.max_steps:
-                    raise Stop(f"stopped by {signal.Signals(stop).name} at step {step}, saved; go on with: {command()} --resume --out_dir {out}", 128 + stop)
+                    how = f"{command()} --resume --out_dir {out}"
+                    raise Stop(
+                        f"stopped by {signal.Signals(stop).name} at step {step}, saved; go on with: {how}", 128 + stop
+                    )
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -627,10 +540,37 @@ def train(o, config, dataset, state=None):
     return model
 
 
+def describe_run(o, config, dataset, model, device, dtype, step_tokens, step):
+    """Two lines that say what is going to be trained, and where."""
+    _, world_size = ranks()
+    norm = "with" if config.head_norm else "without"
+    text = f"{config.attention} {norm} head norm, {model.n_params():,} parameters, {len(dataset.train):,} tokens of "
+    text += f"{dataset.meta['source']}, {o.max_steps} steps of {step_tokens:,} tokens\non "
+    text += f"{world_size} processes ({o.parallel}), each " if world_size > 1 else ""
+    text += f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return f"{text} in {str(dtype)[6:]}, run folder {o.out_dir}" + (f", resumed at step {step}" if step else "")
+
+
+def describe_data(dataset):
+    """What a checkpoint says of its data."""
+    bytes_per_token = dataset.meta["splits"]["val"]["bytes"] / len(dataset.val)
+    tokenizer = dataset.meta["tokenizer"]["sha256"]
+    return dict(fingerprint=dataset.fingerprint, tokenizer=tokenizer, bytes_per_token=bytes_per_token)
+
+
+def last_good(out):
+    try:
+        return f"the last good checkpoint is {find_checkpoint(out)}"
+    except FileNotFoundError:
+        return "no checkpoint was saved yet"
+
+
 def command():
     """How this program was started."""
     _, world_size = ranks()
-    return "python train.py" if world_size == 1 else f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} train.py"
+    return (
+        "python train.py" if world_size == 1 else f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} train.py"
+    )
 
 
 def prepare_folder(o, config, dataset, step):
@@ -641,37 +581,31 @@ def prepare_folder(o, config, dataset, step):
     if step:
         kept = []
         for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # the last line may be half-written
-                entry = json.loads(line)
-                numbers = entry["step"], entry["tokens"], entry["train_loss"], entry.get("val_loss", 0.0)
-                kept += [line] if entry["step"] <= step and all(type(number) in (int, float) for number in numbers) else []
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half-written
+                kept += [line] if json.loads(line)["step"] <= step else []
         write_atomically(metrics, "".join(line + "\n" for line in kept))
     else:
         for name in ("checkpoint.prev.pt", "checkpoint.pt", "checkpoint.tmp", "metrics.jsonl", "loss.png"):
             (out / name).unlink(missing_ok=True)
     data = dict(folder=o.data_dir, fingerprint=dataset.fingerprint, tokenizer=dataset.meta["tokenizer"]["name"])
-    content = dict(format=gpt.FORMAT, model=asdict(config), options=asdict(o), world_size=ranks()[1], data=data, torch=torch.__version__)
-    write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")  # first: from here on the folder is a run's
+    content = dict(format=FORMAT, model=asdict(config), options=asdict(o), world_size=ranks()[1], data=data)
+    text = json.dumps(content | dict(torch=torch.__version__), indent=2) + "\n"
+    write_atomically(out / "config.json", text)  # first: from here on the folder is a run's
     if not step:
         dataset.tokenizer.save(out)
-
-
-def write_atomically(path, text):
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
-    os.replace(new, path)
 
 
 def print_progress(line, max_steps, seconds_per_step):
     left = round(seconds_per_step * (max_steps - line["step"]))
     text = f"step {line['step']:>5}/{max_steps}  loss {line['train_loss']:.3f}  "
     if "val_loss" in line:
-        text += f"val {line['val_loss']:.4f} ({line['val_bpb']:.4f} bits per byte)  peak {line['peak_memory'] / 2**20:,.0f} MiB  "
+        text += f"val {line['val_loss']:.4f} ({line['val_bpb']:.4f} bits per byte)  "
+        text += f"peak {line['peak_memory'] / 2**20:,.0f} MiB  "
     if "mfu" in line:
         text += f"MFU {line['mfu']:.1%}  "
     if line["loss_spikes"]:
         text += f"{line['loss_spikes']} spikes  "
-    print(f"{text}{line['tokens_per_second']:,.0f} tokens/s  ETA {left // 60}:{left % 60:02d}", flush=True)
+    say(f"{text}{line['tokens_per_second']:,.0f} tokens/s  ETA {left // 60}:{left % 60:02d}")
 
 
 def draw_losses(out):
@@ -688,9 +622,10 @@ def draw_losses(out):
     if not evaluated:
         return
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([line["tokens"] / 1e6 for line in lines], [line["train_loss"] for line in lines], lw=0.7, color="#9bb7d4", label="training")
-    axes.plot([line["tokens"] / 1e6 for line in evaluated], [line["val_loss"] for line in evaluated], "o-", ms=4, color="#c44e52", label="validation")
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}")
+    for chosen, name, style in ((lines, "train_loss", "-"), (evaluated, "val_loss", "o-")):
+        axes.plot([line["tokens"] / 1e6 for line in chosen], [line[name] for line in chosen], style, label=name, lw=0.8)
+    title = f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}"
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
@@ -717,12 +652,14 @@ def main(argv=None):
             gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
             raise SystemExit(stop.code)
         except (ValueError, OSError) as error:
-            gpt.fail(error)
+            fail(error)
         except RuntimeError as error:
             if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            print(f"\nrank {ranks()[0]} lost another process of this run; go on from the last checkpoint with: "
-                  f"{command()} --resume --out_dir {options.out_dir}", file=sys.stderr)  # fmt: skip
+            how = f"{command()} --resume --out_dir {options.out_dir}"
+            print(
+                f"\nrank {ranks()[0]} lost another process; go on from the last checkpoint with: {how}", file=sys.stderr
+            )
             raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()
@@ -731,15 +668,19 @@ def main(argv=None):
         model = load_checkpoint(options.out_dir, choose_device(options.device))[0]  # fsdp has only a part of it here
     tokenizer, out = dataset.tokenizer, options.out_dir
     prompt = "def" if dataset.meta["source"] == "python" else "The"  # no space behind it: tokens begin with their space
-    new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), temperature=0.8, top_k=50, seed=options.seed)[0]
-    print(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
+    how = dict(temperature=0.8, top_k=50, seed=options.seed)
+    new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), **how)[0]
+    say(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    print(f"Done in {minutes} min {seconds} s. Try next:")
-    print(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
-    others = [name for name in gpt.ATTENTION if name != config.attention]
-    print(f"  python train.py --preset {options.preset} --attention {others[0]} --out_dir out/{options.preset}-{others[0]}    # or {', '.join(others[1:])}")
-    print(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")
+    others = [name for name in ATTENTION if name != config.attention]
+    again = (
+        f"python train.py --preset {options.preset} --attention {others[0]} --out_dir out/{options.preset}-{others[0]}"
+    )
+    say(f"Done in {minutes} min {seconds} s. Try next:")
+    say(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
+    say(f"  {again}    # or {', '.join(others[1:])}")
+    say(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,1 +1,1 @@
-"""Text to tokens: tokenizer.py (text <-> ids), dataset.py (prepared folders and batches), prepare.py (corpora -> folders)."""
+"""Text to tokens: tokenizer.py (text <-> ids), sources.py (where text comes from), prepare.py, dataset.py (the result)."""

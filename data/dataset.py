@@ -2,12 +2,13 @@
 
     train.bin, val.bin   token ids, raw little-endian uint16 (uint32 for a vocabulary above 65,536), documents one after
                          another, an end-of-text token after each
+    train-00000.bin ...  or shards of llm.c and modded-nanogpt: a header of 256 int32 (magic, version, count), then ids
     tokenizer.json       written by data/tokenizer.py
     meta.json            format, dtype, vocab_size, end_of_text; of each split its tokens, bytes of text, documents and
                          SHA-256; the tokenizer; where the text came from
 
-File names are fixed, so a meta.json from somewhere else cannot point outside its folder. Read before: data/tokenizer.py;
-read next: data/prepare.py, which writes such folders. `python data/dataset.py` shows the sampler on a small example.
+File names are fixed, so a meta.json from somewhere else cannot point outside its folder. Read before:
+data/tokenizer.py; read next: data/prepare.py, which writes such folders. `python data/dataset.py` shows the sampler.
 """
 
 import hashlib
@@ -22,39 +23,72 @@ import numpy as np
 if __package__ in (None, ""):  # run as a program: make the repository importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer, read_json
+from data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
+from options import read_json, sha256
 
 META_FILE = "meta.json"
 SPLITS = {"train": "train.bin", "val": "val.bin"}
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SHARD_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # llm.c's magic and version, for GPT-2 and Llama 3
+HEADER_BYTES = 1024
 CHECKED_BYTES = 256 << 20  # what open_dataset hashes unasked: a fraction of a second
+AGAIN = "prepare the data again"
 
 
 class Dataset:
-    """A prepared folder. `train` and `val` are read-only memory maps of token ids, shape (tokens,)."""
+    """A prepared folder. `train` and `val` are the token ids, read-only: memory maps of shape (tokens,), or `Shards`."""
 
     def __init__(self, folder: Path, meta: dict):
         self.folder, self.meta = folder, meta
         self.vocab_size: int = meta["vocab_size"]
         self.end_of_text: int = meta["end_of_text"]
         self.fingerprint: str = fingerprint(meta)
-        self.train, self.val = (np.memmap(folder / name, DTYPES[meta["dtype"]], "r") for name in SPLITS.values())
+        self.train, self.val = (open_split(folder, meta, split) for split in SPLITS)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """ValueError if tokenizer.json is not the one the data was made with."""
         path = self.folder / TOKENIZER_FILE
-        if _sha256(path) != self.meta["tokenizer"]["sha256"]:
-            raise ValueError(f"{path} is not the file meta.json describes (SHA-256 differs); prepare the data again")
+        if sha256(path) != self.meta["tokenizer"]["sha256"]:
+            raise ValueError(f"{path} is not the file that was prepared (SHA-256 differs); {AGAIN}")
         tokenizer = load_tokenizer(path)
         if (tokenizer.vocab_size, tokenizer.end_of_text) != (self.vocab_size, self.end_of_text):
-            raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, the data set {self.vocab_size}; prepare the data again")
+            raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, the data set {self.vocab_size}; {AGAIN}")
         return tokenizer
 
     def bits_per_byte(self, loss: float, split: str = "val") -> float:
         """Turns nats per token into bits per byte of text, which compares models with different tokenizers."""
         entry = self.meta["splits"][split]
         return loss / math.log(2) * entry["tokens"] / entry["bytes"]
+
+
+class Shards:
+    """Several arrays of tokens as one: `len`, and slices, which read no more than what they span."""
+
+    def __init__(self, arrays):
+        self.arrays, self.dtype = list(arrays), arrays[0].dtype
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+        self.nbytes = sum(array.nbytes for array in self.arrays)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return self[range(len(self))[index] :][0]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return self[:][index]
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
+        offset = int(self.ends[first - 1]) if first else 0
+        parts = []
+        for array in self.arrays[first : last + 1]:
+            parts.append(array[max(0, start - offset) : max(0, stop - offset)])
+            offset += len(array)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [self.arrays[0][:0]])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
 
 
 def open_dataset(folder, verify: bool | None = None) -> Dataset:
@@ -67,23 +101,54 @@ def open_dataset(folder, verify: bool | None = None) -> Dataset:
     if not folder.is_dir():
         raise FileNotFoundError(f"no data set at {folder}: make one with python data/prepare.py --out_dir {folder}")
     if not (folder / META_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not a prepared data set (no {META_FILE}); make one with python data/prepare.py")
-    meta = read_json(folder / META_FILE, 1 << 20)
-    _check_meta(meta, folder / META_FILE)
-    itemsize = DTYPES[meta["dtype"]].itemsize
-    for split, name in SPLITS.items():
-        path, tokens = folder / name, meta["splits"][split]["tokens"]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; prepare the data again")
-        if path.stat().st_size != tokens * itemsize:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes where {META_FILE} says {tokens * itemsize}: truncated "
-                             "or changed; prepare the data again")
+        raise FileNotFoundError(
+            f"{folder} is not a prepared data set (no {META_FILE}); python data/prepare.py makes one"
+        )
+    meta = read_json(folder / META_FILE)
+    check_meta(meta, folder / META_FILE)
     if not (folder / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"{folder / TOKENIZER_FILE} is missing; prepare the data again")
+        raise FileNotFoundError(f"{folder / TOKENIZER_FILE} is missing; {AGAIN}")
     dataset = Dataset(folder, meta)
     if verify or (verify is None and dataset.train.nbytes + dataset.val.nbytes <= CHECKED_BYTES):
-        _verify(dataset)
+        check_contents(dataset)
     return dataset
+
+
+def open_split(folder: Path, meta: dict, split: str):
+    """The tokens of a split, mapped from its one file or its shards."""
+    entry = meta["splits"][split]
+    if "shards" not in entry:
+        return map_tokens(folder / SPLITS[split], meta["dtype"], entry["tokens"])
+    arrays = [map_tokens(folder / shard_file(split, i), meta["dtype"], n, True) for i, n in enumerate(entry["shards"])]
+    return arrays[0] if len(arrays) == 1 else Shards(arrays)
+
+
+def shard_file(split: str, number: int) -> str:
+    return f"{split}-{number:05}.bin"
+
+
+def map_tokens(path: Path, dtype: str, tokens: int, header: bool = False) -> np.ndarray:
+    """A file of `tokens` ids as a memory map. FileNotFoundError or ValueError if it is not there or has another size."""
+    if not path.is_file():
+        gone = f"leads to {path.readlink()}, which is gone" if path.is_symlink() else "is missing"
+        raise FileNotFoundError(f"{path} {gone}; {AGAIN}")
+    expected = tokens * DTYPES[dtype].itemsize + HEADER_BYTES * header
+    if path.stat().st_size != expected or header and read_header(path) != (dtype, tokens):
+        size = path.stat().st_size
+        raise ValueError(f"{path} has {size} bytes where {META_FILE} says {expected}: truncated or changed; {AGAIN}")
+    return np.memmap(path, DTYPES[dtype], "r", HEADER_BYTES * header)
+
+
+def read_header(path: Path) -> tuple[str, int] | None:
+    """(dtype, tokens) by the header of a shard of llm.c or modded-nanogpt; None if the file has no such header."""
+    header = np.fromfile(path, "<i4", 3)
+    dtype = SHARD_HEADERS.get(tuple(header[:2].tolist()))
+    return (dtype, int(header[2])) if dtype and len(header) == 3 else None
+
+
+def blocks(tokens, size: int = 1 << 22):
+    """Consecutive slices of `tokens`."""
+    return (tokens[start : start + size] for start in range(0, len(tokens), size))
 
 
 def fingerprint(meta: dict) -> str:
@@ -103,9 +168,10 @@ class WindowSampler:
     ValueError if block_size < 1 or there are not block_size + 1 tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, seed: int = 0):
+    def __init__(self, tokens: np.ndarray | Shards, block_size: int, seed: int = 0):
         _check_length(tokens, block_size)
-        self.tokens, self.block_size, self.seed = np.asarray(tokens), block_size, seed
+        self.tokens = tokens if isinstance(tokens, Shards) else np.asarray(tokens)
+        self.block_size, self.seed = block_size, seed
         self.windows_per_epoch = len(tokens) // block_size
 
     def starts(self, samples: np.ndarray) -> np.ndarray:
@@ -119,8 +185,16 @@ class WindowSampler:
             starts[chosen] = (offset + _permute(positions[chosen], n, key) * self.block_size) % len(self.tokens)
         return starts
 
-    def batch(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1, micro_step: int = 0,
-              grad_accum: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_step: int = 0,
+        grad_accum: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each int64 of shape (batch_size, block_size), targets one position ahead.
 
         A step takes grad_accum * world_size * batch_size consecutive samples: the ranks' rows of one micro-step, one
@@ -132,7 +206,10 @@ class WindowSampler:
 
 
 def validation_windows(tokens: np.ndarray, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets), int64 (count, block_size): a fixed set, evenly spread and without overlap; fewer if not so many fit."""
+    """(inputs, targets), int64 (count, block_size): a fixed set, evenly spread and without overlap.
+
+    Fewer than `count` if not so many fit; ValueError if there are not block_size + 1 tokens.
+    """
     _check_length(tokens, block_size)
     count = max(1, min(count, (len(tokens) - 1) // block_size))
     last = len(tokens) - 1 - block_size
@@ -179,56 +256,71 @@ def _check_length(tokens, block_size):
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
     if len(tokens) < block_size + 1:
-        raise ValueError(f"{len(tokens)} tokens are too few for block_size {block_size}, which needs {block_size + 1}: "
-                         "use more text or a smaller block_size")
+        raise ValueError(
+            f"{len(tokens)} tokens are too few for block_size {block_size}, which needs {block_size + 1}: "
+            "use more text or a smaller block_size"
+        )
 
 
-def _check_meta(meta: dict, path: Path) -> None:
+def check_meta(meta: dict, path: Path) -> None:
+    """ValueError unless everything that is read from `meta`, the content of `path`, has its type and range."""
+
     def need(condition, what):
         if not condition:
-            raise ValueError(f"{path} is malformed: {what}; prepare the data again")
+            raise ValueError(f"{path} is malformed: {what}; {AGAIN}")
 
     def integer(value, low, high):
         return type(value) is int and low <= value <= high
+
+    def name(text):
+        return isinstance(text, str) and len(text) <= 300 and text.isprintable()
 
     need(integer(meta.get("format"), 1, 1), "'format' is not 1")
     need(isinstance(meta.get("dtype"), str) and meta["dtype"] in DTYPES, "'dtype' is neither uint16 nor uint32")
     limit = min(MAX_VOCAB_SIZE, 2 ** (8 * DTYPES[meta["dtype"]].itemsize))
     need(integer(meta.get("vocab_size"), 2, limit), f"'vocab_size' is not between 2 and {limit}")
     need(integer(meta.get("end_of_text"), 0, meta["vocab_size"] - 1), "'end_of_text' is not in the vocabulary")
-    entries = meta.get("splits")
-    need(isinstance(entries, dict), "'splits' is not an object")
-    for name, entry, file in [(f"splits.{split}", entries.get(split), file) for split, file in SPLITS.items()] + \
-                             [("tokenizer", meta.get("tokenizer"), TOKENIZER_FILE)]:
-        need(isinstance(entry, dict), f"'{name}' is not an object")
-        need(entry.get("file") == file, f"'{name}.file' is not {file}")
-        need(isinstance(entry.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]), f"'{name}.sha256' is no SHA-256")
-        for key in ("tokens", "bytes", "documents") if name != "tokenizer" else ():
-            need(integer(entry.get(key), 1, 2**48), f"'{name}.{key}' is not a positive number")
-    for name, text in (("source", meta.get("source")), ("tokenizer.name", meta["tokenizer"].get("name"))):
-        need(isinstance(text, str) and len(text) <= 300 and text.isprintable(), f"'{name}' is not a name")
+    need(isinstance(meta.get("splits"), dict), "'splits' is not an object")
+    for what, entry, file in (
+        ("splits.train", meta["splits"].get("train"), SPLITS["train"]),
+        ("splits.val", meta["splits"].get("val"), SPLITS["val"]),
+        ("tokenizer", meta.get("tokenizer"), TOKENIZER_FILE),
+    ):
+        need(isinstance(entry, dict), f"'{what}' is not an object")
+        need(
+            isinstance(entry.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]),
+            f"'{what}.sha256' is no SHA-256",
+        )
+        if what != "tokenizer":
+            for key in ("tokens", "bytes", "documents"):
+                need(integer(entry.get(key), 1, 2**48), f"'{what}.{key}' is not a positive number")
+        if "shards" in entry:
+            counts = entry["shards"]
+            need(
+                isinstance(counts, list) and all(integer(n, 1, 2**31) for n in counts), f"'{what}.shards' are no counts"
+            )
+            need(sum(counts) == entry.get("tokens"), f"'{what}.shards' do not add up to its tokens")
+        else:
+            need(entry.get("file") == file, f"'{what}.file' is not {file}")
+    need(name(meta.get("source")), "'source' is not a name")
+    need(name(meta["tokenizer"].get("name")), "'tokenizer.name' is not a name")
 
 
-def _verify(dataset: Dataset) -> None:
+def check_contents(dataset: Dataset) -> None:
+    """ValueError unless the files have the SHA-256 of meta.json and every id is in the vocabulary."""
     for split, name in SPLITS.items():
-        tokens = getattr(dataset, split)
-        if _sha256(dataset.folder / name) != dataset.meta["splits"][split]["sha256"]:
-            raise ValueError(f"{dataset.folder / name} is not the file that was prepared (SHA-256 differs); prepare the data again")
-        for start in range(0, len(tokens), 1 << 24):
-            top = int(tokens[start : start + (1 << 24)].max())
-            if top >= dataset.vocab_size:
-                raise ValueError(f"{dataset.folder / name} holds token id {top}, outside its vocabulary of {dataset.vocab_size}; "
-                                 "prepare the data again")
-    if _sha256(dataset.folder / TOKENIZER_FILE) != dataset.meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{dataset.folder / TOKENIZER_FILE} is not the file that was prepared (SHA-256 differs); prepare the data again")
-
-
-def _sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        digest, top = hashlib.sha256(), 0
+        for block in blocks(getattr(dataset, split)):
+            digest.update(block.tobytes())
+            top = max(top, int(block.max()))
+        path = dataset.folder / name
+        if digest.hexdigest() != dataset.meta["splits"][split]["sha256"]:
+            raise ValueError(f"{path} is not the file that was prepared (SHA-256 differs); {AGAIN}")
+        if top >= dataset.vocab_size:
+            raise ValueError(f"{path} holds token id {top}, outside its vocabulary of {dataset.vocab_size}; {AGAIN}")
+    if sha256(dataset.folder / TOKENIZER_FILE) != dataset.meta["tokenizer"]["sha256"]:
+        path = dataset.folder / TOKENIZER_FILE
+        raise ValueError(f"{path} is not the file that was prepared (SHA-256 differs); {AGAIN}")
 
 
 if __name__ == "__main__":

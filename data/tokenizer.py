@@ -7,6 +7,8 @@ Four kinds behind one small interface (`Tokenizer`), each saved as one self-cont
     gpt2, ...   tiktoken's own vocabularies, from its cache folder (TIKTOKEN_CACHE_DIR) or the network
     hf:FOLDER   the tokenizer.json of a Hugging Face folder, run by the `tokenizers` package
 
+A run's folder, or any other that holds a tokenizer.json of these kinds, names that tokenizer as well.
+
 All of them treat text as text: "<|endoftext|>" inside a document is thirteen ordinary characters. The one special
 token, `end_of_text`, is put between documents by data/prepare.py and by nothing else. Half of a surrogate pair is
 not text and has no UTF-8: it is replaced by U+FFFD before encoding, everything else comes back as it went in.
@@ -20,15 +22,19 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import regex  # comes with tiktoken; `re` lacks \p{L}
 import tiktoken
 
+if __package__ in (None, ""):  # run as a program: make the repository importable
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from options import read_json, write_atomically
+
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-MAX_FILE_BYTES = 64 << 20  # the largest published tokenizer.json is about half of this
 MAX_VOCAB_SIZE = 1 << 20
 # Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation, space.
 # A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
@@ -45,7 +51,12 @@ class Tokenizer:
     name: str
     vocab_size: int
     end_of_text: int
-    start_of_text: tuple = ()  # ids that a pretrained model saw before every text (Llama's <|begin_of_text|>)
+    start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Every id that ends a text when a model writes it. Pretrained models may have several."""
+        return {self.end_of_text}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -67,15 +78,29 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def save(self, folder) -> dict:
-        """Writes FILE_NAME into `folder`; returns what meta.json says of it: name, file, sha256, vocab_size, end_of_text."""
-        state = {"format": 1, **self._state()}
-        content = json.dumps(state, ensure_ascii=True).encode()
-        with open(Path(folder) / FILE_NAME, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return {"name": self.name, "file": FILE_NAME, "sha256": hashlib.sha256(content).hexdigest(),
-                "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        """Writes FILE_NAME into `folder`; returns what meta.json says of it: name, file, sha256, vocab_size, end_of_text.
+
+        A tokenizer that was loaded is written as it was, byte for byte.
+        """
+        content = json.dumps({"format": 1, **self._state()})
+        write_atomically(Path(folder) / FILE_NAME, content)
+        return dict(
+            name=self.name,
+            file=FILE_NAME,
+            sha256=hashlib.sha256(content.encode()).hexdigest(),
+            vocab_size=self.vocab_size,
+            end_of_text=self.end_of_text,
+        )
+
+    def to_hugging_face(self) -> dict:
+        """The content of a Hugging Face tokenizer.json that encodes every text to the same ids.
+
+        There, "<|endoftext|>" in a text is the special token, unless `encode_special_tokens` is set. ValueError if this kind
+        has no such form.
+        """
+        raise ValueError(
+            f"tokenizer {self.name} cannot be written as a tokenizer.json: use the one published with its model"
+        )
 
 
 class ByteTokenizer(Tokenizer):
@@ -91,6 +116,9 @@ class ByteTokenizer(Tokenizer):
 
     def _state(self):
         return {"kind": "byte"}
+
+    def to_hugging_face(self):
+        return _byte_level_content([])
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -127,22 +155,34 @@ class BPETokenizer(TiktokenTokenizer):
     def __init__(self, merged: list[bytes]):
         tokens = [bytes([byte]) for byte in range(256)] + merged
         self.merged = merged
-        super().__init__(f"bpe-{len(tokens) + 1}", tiktoken.Encoding(
-            "bpe", pat_str=SPLIT, mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={END_OF_TEXT: len(tokens)}))
+        super().__init__(
+            f"bpe-{len(tokens) + 1}",
+            tiktoken.Encoding(
+                "bpe",
+                pat_str=SPLIT,
+                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+                special_tokens={END_OF_TEXT: len(tokens)},
+            ),
+        )
 
     def _state(self):
         return {"kind": "bpe", "split": SPLIT, "merged": [token.decode("latin-1") for token in self.merged]}
+
+    def to_hugging_face(self):
+        return _byte_level_content(self.merged)
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json (its content, a dict), run by the `tokenizers` package.
 
     Byte-level ones (GPT-2, Llama 3, Qwen) are exact. One with a normaliser gives back its normalised text, which
-    is said once on stderr; its `decode_bytes` is exact for whole texts, not token by token.
+    is said on stderr; its `decode_bytes` is exact for whole texts, not token by token.
+
+    `end_tokens` are further ids that end a text, `start_of_text` is what begins one; None asks the tokenizer itself.
+    ValueError, in one line, for content that the package does not take or ids outside the vocabulary.
     """
 
-    def __init__(self, name: str, content: dict, end_of_text: int):
+    def __init__(self, name: str, content: dict, end_of_text: int | None, end_tokens=(), start_of_text=None):
         try:
             import tokenizers
         except ImportError:
@@ -152,38 +192,65 @@ class HuggingFaceTokenizer(Tokenizer):
             self.tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-            vocab = self.tokenizer.get_vocab()
-            self.vocab_size = max(vocab.values()) + 1
-            decoder = content.get("decoder") or {}
-            self.byte_of = _byte_level_alphabet() if '"ByteLevel"' in json.dumps(decoder) else None
-            self.name, self.content, self.end_of_text = name, content, end_of_text
+            self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+            self.added = {i: token.content.encode() for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+            self.byte_of = _byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
+            self.name, self.content = name, content
             probe = " Round  trip:\tcafé \U0001f642\n"
             exact = self.decode(self.encode(probe)) == probe
             whole = self.tokenizer.encode("a")  # as its own model reads a text
-            self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
+            self.own_start = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic inside the package is no Exception
             raise ValueError(f"{name} is not a usable tokenizer.json: {_one_line(error)}") from None
-        if not 0 <= end_of_text < self.vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"{name}: end-of-text id {end_of_text} or vocabulary size {self.vocab_size} is out of range")
+        self.end_of_text = end_of_text
+        self.more_ends = set(end_tokens) - {end_of_text}
+        self.start_of_text = self.own_start if start_of_text is None else tuple(start_of_text)
+        for token in (end_of_text, *self.more_ends, *self.start_of_text):
+            if not 0 <= token < self.vocab_size <= MAX_VOCAB_SIZE:
+                raise ValueError(f"{name}: token id {token} or vocabulary size {self.vocab_size} is out of range")
         if not exact:
             print(f"note: {name} does not give back every text exactly (it normalises)", file=sys.stderr)
 
     @classmethod
     def from_folder(cls, folder):
-        """Reads FOLDER/tokenizer.json; end-of-text is tokenizer_config.json's eos_token, or a usual spelling of it."""
-        content = read_json(Path(folder) / FILE_NAME, MAX_FILE_BYTES)
-        config = Path(folder) / "tokenizer_config.json"
-        eos = read_json(config, MAX_FILE_BYTES).get("eos_token") if config.exists() else None
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        tokenizer = cls(f"hf:{Path(folder).resolve().name}", content, 0)
-        names = [eos] if isinstance(eos, str) else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
-        ids = [tokenizer.tokenizer.token_to_id(name) for name in names]
-        if all(token is None for token in ids):
-            raise ValueError(f"{folder}: no end-of-text token; looked for {', '.join(names)} in {FILE_NAME}")
-        tokenizer.end_of_text = next(token for token in ids if token is not None)
+        """Reads FOLDER/tokenizer.json, or the file itself, and the settings beside it.
+
+        End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json and
+        generation_config.json, a number or a list, ends a text as well.
+        """
+        path = Path(folder)
+        path = path / FILE_NAME if path.is_dir() else path
+
+        def beside(name):
+            file = path.with_name(name)
+            return read_json(file) if file.exists() else {}
+
+        content, settings = read_json(path), beside("tokenizer_config.json")
+        tokenizer = cls(f"hf:{path.resolve().parent.name}", content, 0)
+
+        def id_of(token):
+            token = token.get("content") if isinstance(token, dict) else token
+            return tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+        ends = [config.get("eos_token_id") for config in (beside("config.json"), beside("generation_config.json"))]
+        ends = [end for some in ends for end in (some if isinstance(some, list) else [some])]
+        ends = [end for end in ends if type(end) is int and 0 <= end < tokenizer.vocab_size]
+        eos = settings.get("eos_token")
+        names = [eos] if eos else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
+        found = [token for token in map(id_of, names) if token is not None] or ends
+        if not found:
+            raise ValueError(f"{path}: no end-of-text token; looked for {', '.join(map(str, names))}")
+        tokenizer.end_of_text, tokenizer.more_ends = found[0], set(ends) - {found[0]}
+        start = id_of(settings.get("bos_token"))
+        if settings.get("add_bos_token") is True and start is not None and not tokenizer.own_start:
+            tokenizer.start_of_text = (start,)
         return tokenizer
+
+    @property
+    def end_tokens(self):
+        return {self.end_of_text, *self.more_ends}
 
     def _encode(self, texts):
         return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -191,12 +258,26 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode(self, tokens):
         if self.byte_of is None:
             return self.tokenizer.decode(tokens, skip_special_tokens=False).encode()
-        pieces = [self.tokenizer.id_to_token(token) or "" for token in tokens]
-        return b"".join(bytes(self.byte_of[c] for c in piece) if all(c in self.byte_of for c in piece)
-                        else piece.encode() for piece in pieces)
+        return b"".join(map(self._spelling, tokens))
+
+    def _spelling(self, token):
+        """The bytes of a token of a byte-level vocabulary. The package's own decoder takes the letters of added tokens for
+        bytes, too, and turns an added "café" into "caf" and a broken byte."""
+        if token in self.added:
+            return self.added[token]
+        piece = self.tokenizer.id_to_token(token) or ""
+        return bytes(self.byte_of[c] for c in piece) if all(c in self.byte_of for c in piece) else piece.encode()
 
     def _state(self):
-        return {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
+        state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
+        if self.more_ends:
+            state["end_tokens"] = sorted(self.end_tokens)
+        if self.start_of_text != self.own_start:
+            state["start_of_text"] = list(self.start_of_text)
+        return state
+
+    def to_hugging_face(self):
+        return self.content
 
 
 def train_bpe(texts, vocab_size: int) -> BPETokenizer:
@@ -207,7 +288,9 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
     the vocabulary stays smaller, which is said on stderr. ValueError unless 257 <= vocab_size <= MAX_VOCAB_SIZE.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"a bpe vocabulary has 257 (the bytes and end-of-text) to {MAX_VOCAB_SIZE} tokens, not {vocab_size}")
+        raise ValueError(
+            f"a bpe vocabulary has 257 (the bytes and end-of-text) to {MAX_VOCAB_SIZE} tokens, not {vocab_size}"
+        )
     split, words = regex.compile(SPLIT), Counter()
     for text in texts:
         words.update(split.findall(well_formed(text)))
@@ -222,6 +305,7 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
 
+    bar = Progress("learning merges", vocab_size, unit="tokens")
     while len(tokens) < vocab_size - 1 and heap:
         n, pair = heapq.heappop(heap)
         if -n != count[pair]:  # counts fall without touching the heap: put a stale entry back in its place
@@ -234,6 +318,7 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
         # had another pair spelled them before, they would be one token everywhere by now.
         new, change = len(tokens), Counter()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        bar.add(1)
         for i in set(holders.pop(pair)):
             old, sequences[i] = sequences[i], _merge(sequences[i], pair, new)
             for before in zip(old, old[1:]):
@@ -246,13 +331,15 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
             count[changed] += by
             if by > 0:
                 heapq.heappush(heap, (-count[changed], changed))
+    bar.close()
     if len(tokens) < vocab_size - 1:
         print(f"note: no pair occurs twice any more: {len(tokens) + 1} tokens instead of {vocab_size}", file=sys.stderr)
     return BPETokenizer(tokens[256:])
 
 
 def get_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer named "byte", "hf:FOLDER" or as tiktoken names it; ("bpe" has to be trained).
+    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or a folder or file that `load_tokenizer` reads, such as
+    the folder of a run; ("bpe" has to be trained).
 
     Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
     """
@@ -260,21 +347,26 @@ def get_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     if spec.startswith("hf:"):
         return HuggingFaceTokenizer.from_folder(spec[3:])
-    if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"no tokenizer {spec!r}: choose byte, bpe, hf:FOLDER or one of {', '.join(tiktoken.list_encoding_names())}")
-    return TiktokenTokenizer(spec, _load_encoding(spec))
+    names = tiktoken.list_encoding_names()
+    if spec in names:
+        return TiktokenTokenizer(spec, _load_encoding(spec))
+    if Path(spec).exists():
+        return load_tokenizer(spec)
+    raise ValueError(
+        f"no tokenizer {spec!r}: choose byte, bpe, hf:FOLDER, a folder with a {FILE_NAME}, or one of {', '.join(names)}"
+    )
 
 
 def load_tokenizer(path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder.
 
-    ValueError if the file is not sound.
+    FileNotFoundError if there is none, ValueError if the file is not sound.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    state = read_json(path, MAX_FILE_BYTES)
+    state = read_json(path)
     if "format" not in state and isinstance(state.get("model"), dict):
-        return HuggingFaceTokenizer.from_folder(path.parent)
+        return HuggingFaceTokenizer.from_folder(path)
     kind = state.get("kind")
     if type(state.get("format")) is not int or state["format"] != 1 or kind not in ("byte", "bpe", "tiktoken", "hf"):
         raise ValueError(f"{path} is not a tokenizer file of this program (format 1, kind byte, bpe, tiktoken or hf)")
@@ -284,8 +376,7 @@ def load_tokenizer(path) -> Tokenizer:
         merged = state.get("merged")
         if state.get("split") != SPLIT:
             raise ValueError(f"{path}: 'split' is not the pattern of this program")
-        if not isinstance(merged, list) or len(merged) > MAX_VOCAB_SIZE or not all(
-                isinstance(token, str) and 2 <= len(token) <= 4096 and max(token) <= "\xff" for token in merged):
+        if not isinstance(merged, list) or len(merged) > MAX_VOCAB_SIZE or not all(map(_is_merged, merged)):
             raise ValueError(f"{path}: 'merged' is not a list of at least two bytes each, spelled in latin-1")
         if len(set(merged)) < len(merged):
             raise ValueError(f"{path}: 'merged' has the same token twice")
@@ -298,23 +389,57 @@ def load_tokenizer(path) -> Tokenizer:
         return get_tokenizer(state["name"])
     if type(state.get("end_of_text")) is not int or not isinstance(state.get("tokenizer"), dict):
         raise ValueError(f"{path}: 'end_of_text' is not an integer or 'tokenizer' not an object")
-    return HuggingFaceTokenizer(state["name"], state["tokenizer"], state["end_of_text"])
+    for key in ("end_tokens", "start_of_text"):
+        ids = state.get(key, [])
+        if not isinstance(ids, list) or len(ids) > 100 or not all(type(token) is int for token in ids):
+            raise ValueError(f"{path}: {key!r} is not a list of token ids")
+    return HuggingFaceTokenizer(
+        state["name"],
+        state["tokenizer"],
+        state["end_of_text"],
+        state.get("end_tokens", ()),
+        state.get("start_of_text"),
+    )
 
 
-def read_json(path, max_bytes: int) -> dict:
-    """A JSON object from a file of at most `max_bytes`, or FileNotFoundError / ValueError in one line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {max_bytes} are read")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+def _is_merged(token) -> bool:
+    return isinstance(token, str) and 2 <= len(token) <= 4096 and max(token) <= "\xff"
+
+
+def _byte_level_content(merged: list[bytes]) -> dict:
+    """A tokenizer.json of the bytes, `merged` and END_OF_TEXT, for the `tokenizers` package."""
+    spelling = {byte: c for c, byte in _byte_level_alphabet().items()}
+    spell = lambda token: "".join(spelling[byte] for byte in token)
+    rank = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merged)}
+    merges = []
+    for token in merged:
+        # tiktoken joins any two neighbours that spell a token. Which two they are follows from the token alone: they are
+        # what it falls into without itself.
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            ranks = [rank.get(left + right, rank[token]) for left, right in zip(parts, parts[1:])]
+            i = min(range(len(ranks)), key=ranks.__getitem__)
+            if ranks[i] >= rank[token]:
+                raise ValueError(
+                    f"token {token!r} is not made of two earlier ones, so it has no form in a tokenizer.json"
+                )
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append([spell(part) for part in parts])
+    end = dict(content=END_OF_TEXT, id=len(rank), special=True, normalized=False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    split = dict(type="Split", pattern={"Regex": SPLIT}, behavior="Isolated", invert=False)
+    return dict(
+        version="1.0",
+        added_tokens=[end | dict(single_word=False, lstrip=False, rstrip=False)],
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
+        decoder=byte_level,
+        model=dict(
+            type="BPE",
+            ignore_merges=True,  # tiktoken looks a whole word up first
+            vocab={spell(token): i for token, i in rank.items()} | {END_OF_TEXT: len(rank)},
+            merges=merges,
+        ),
+    )
 
 
 def _load_encoding(name: str, seconds: float = 120) -> tiktoken.Encoding:
@@ -332,8 +457,10 @@ def _load_encoding(name: str, seconds: float = 120) -> tiktoken.Encoding:
     thread.join(seconds)
     if not outcome or isinstance(outcome[0], Exception):
         reason = _one_line(outcome[0]) if outcome else f"no answer in {seconds:g} seconds"
-        raise OSError(f"tokenizer {name}: tiktoken could not load its files ({reason}); connect to the network once, set "
-                      "TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe")
+        raise OSError(
+            f"tokenizer {name}: tiktoken could not load its files ({reason}); connect to the network once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
+        )
     return outcome[0]
 
 
@@ -359,6 +486,39 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+class Progress:
+    """A line on stderr about work that takes a while: how much is done, the rate and the time to go. On a terminal it is
+    renewed every second, elsewhere every ten."""
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "MB"):
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.began = time.monotonic()
+        self.due = self.began + 1
+
+    def add(self, amount: int) -> None:
+        """`amount` more is done, in bytes or in whatever is counted."""
+        self.done += amount
+        now = time.monotonic()
+        if now < self.due:
+            return
+        terminal = sys.stderr.isatty()
+        self.due = now + (1 if terminal else 10)
+        scale = 1e6 if self.unit == "MB" else 1
+        rate = self.done / (now - self.began)
+        line = f"{self.what}: {self.done / scale:,.0f}"
+        if self.total:
+            line += f" of {max(self.total, self.done) / scale:,.0f}"
+        line += f" {self.unit}, {rate / scale:,.{0 if rate >= 10 * scale else 1}f} {self.unit}/s"
+        if self.total:
+            left = max(0, self.total - self.done) / rate
+            line += f", {left:.0f} s to go" if left < 100 else f", {left / 60:.0f} min to go"
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins: the byte itself where it is printable in latin-1, else the next character from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -376,8 +536,10 @@ if __name__ == "__main__":
     line = "def encode(self, text: str):  # café \U0001f642"
     for tokenizer in (ByteTokenizer(), bpe):
         tokens = tokenizer.encode(line)
-        print(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, end of text is {tokenizer.end_of_text}; "
-              f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token of this file; "
-              f"round trip {tokenizer.decode(tokens) == line}")
+        print(
+            f"{tokenizer.name}: {tokenizer.vocab_size} tokens, end of text is {tokenizer.end_of_text}; "
+            f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token of this file; "
+            f"round trip {tokenizer.decode(tokens) == line}"
+        )
         print("   ", " ".join(repr(tokenizer.decode([token])) for token in tokens))
     print("first merges:", " ".join(repr(token.decode("latin-1")) for token in bpe.merged[:24]))

@@ -2,17 +2,22 @@
 
 import os
 
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
+import options  # noqa: F401 (before torch)
 
 import numpy as np
 import pytest
 import torch
 
-from data.prepare import prepare
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from gated import HeadGated
+
+from attention import ATTENTION
+from data.prepare import prepare
+
 torch.set_num_threads(1)
+ATTENTION["gated"] = HeadGated  # every generic test takes its variants from here
 
 
 @pytest.fixture(scope="session")

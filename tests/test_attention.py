@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import attention as attention_file
 from attention import ATTENTION, DFA, MEA, MHA, HeadNorm, TalkingHeads, apply_rope, causal_attention, compose_heads, rms_norm, rope_table
 from model import GPTConfig, KVCache
 
@@ -169,43 +170,95 @@ def heads_of(projection, x, rotate=True):
     return (apply_rope(heads, rope(0, T)) if rotate else heads).transpose(1, 2)
 
 
+# Each is a loop over heads: layer, q, k, v (B, heads, T, D) -> the outputs of the heads before the norm.
+
+
+def mha_formula(layer, q, k, v):
+    group = lambda h: h * layer.n_k // H
+    return [plain_weights(q[:, h], k[:, group(h)]) @ v[:, group(h)] for h in range(H)]
+
+
+def mea_formula(layer, q, k, v):
+    mix = lambda w, heads, h: sum(w[c, h] * heads[:, c] for c in range(len(w)))
+    return [plain_weights(q[:, h], mix(layer.compose_k, k, h)) @ mix(layer.compose_v, v, h) for h in range(H)]
+
+
+def tha_formula(layer, q, k, v):
+    k, v = (heads.repeat_interleave(H // layer.n_k, dim=1) for heads in (k, v))
+    logits = [q[:, h] @ k[:, h].transpose(1, 2) / D**0.5 for h in range(H)]
+    future, maps = torch.ones(T, T, dtype=torch.bool).triu(1), []
+    for g in range(H):
+        mixed = sum(layer.mix_logits[h, g] * logits[h] for h in range(H))
+        maps.append(mixed.masked_fill(future, -torch.inf).softmax(-1))
+    return [sum(layer.mix_weights[g, f] * maps[g] for g in range(H)) @ v[:, f] for f in range(H)]
+
+
+def dfa_formula(layer, q, k, v):
+    lam = torch.exp(layer.lambda_q1 @ layer.lambda_k1) - torch.exp(layer.lambda_q2 @ layer.lambda_k2) + 0.2
+    outputs = []
+    for pair in range(H // 2):
+        group = pair * layer.n_k // H
+        value = torch.cat((v[:, 2 * group], v[:, 2 * group + 1]), dim=-1)
+        first, second = (plain_weights(q[:, 2 * pair + i], k[:, 2 * group + i]) for i in (0, 1))
+        outputs.append((first - lam * second) @ value)
+    return outputs
+
+
+def gated_formula(layer, q, k, v):
+    gate = torch.sigmoid(layer.gate_proj(inputs()))  # (B, T, H)
+    return [y * gate[:, :, h, None] for h, y in enumerate(mha_formula(layer, q, k, v))]
+
+
+FORMULAS = {"mha": mha_formula, "mea": mea_formula, "tha": tha_formula, "dfa": dfa_formula, "gated": gated_formula}
+
+
 @pytest.mark.parametrize("attention,norm", VARIANTS)
 @pytest.mark.parametrize("n_kv_head", [2, 4])
 def test_every_variant_is_its_formula(attention, norm, n_kv_head):
     layer, x = make(attention, n_kv_head=n_kv_head, head_norm=norm), inputs()
     q, k, v = heads_of(layer.q_proj, x), heads_of(layer.k_proj, x), heads_of(layer.v_proj, x, rotate=False)
-    outputs = []
-    if attention == "mha":
-        for h in range(H):
-            outputs.append(plain_weights(q[:, h], k[:, h * n_kv_head // H]) @ v[:, h * n_kv_head // H])
-    elif attention == "mea":
-        for h in range(H):
-            key = sum(layer.compose_k[c, h] * k[:, c] for c in range(n_kv_head))
-            value = sum(layer.compose_v[c, h] * v[:, c] for c in range(n_kv_head))
-            outputs.append(plain_weights(q[:, h], key) @ value)
-    elif attention == "tha":
-        k, v = (heads.repeat_interleave(H // n_kv_head, dim=1) for heads in (k, v))
-        logits = [q[:, h] @ k[:, h].transpose(1, 2) / D**0.5 for h in range(H)]
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        maps = []
-        for g in range(H):
-            mixed = sum(layer.mix_logits[h, g] * logits[h] for h in range(H))
-            maps.append(mixed.masked_fill(future, -torch.inf).softmax(-1))
-        for f in range(H):
-            outputs.append(sum(layer.mix_weights[g, f] * maps[g] for g in range(H)) @ v[:, f])
-    else:
-        lam = torch.exp(layer.lambda_q1 @ layer.lambda_k1) - torch.exp(layer.lambda_q2 @ layer.lambda_k2) + 0.2
-        for pair in range(H // 2):
-            group = pair * n_kv_head // H
-            value = torch.cat((v[:, 2 * group], v[:, 2 * group + 1]), dim=-1)
-            first, second = (plain_weights(q[:, 2 * pair + i], k[:, 2 * group + i]) for i in (0, 1))
-            outputs.append((first - lam * second) @ value)
+    outputs = FORMULAS[attention](layer, q, k, v)
     if norm:
         for h, y in enumerate(outputs):
             outputs[h] = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * layer.head_norm.weight[h]
             if attention == "dfa":
                 outputs[h] = outputs[h] * (1 - 0.2)  # lambda_init of layer 0
     assert_same(layer(x, rope(0, T)), layer.o_proj(torch.cat(outputs, dim=-1)))
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+@pytest.mark.parametrize("form", ["compose", "absorb", "auto"])
+def test_a_diagonal_composition_is_the_full_one_that_scales_each_head(n_kv_head, form):
+    diagonal = make("mea", n_kv_head=n_kv_head, compose="diagonal", mea_form=form)
+    full = make("mea", n_kv_head=n_kv_head)
+    copy_shared(diagonal, full)
+    for mine, theirs in zip((diagonal.compose_k, diagonal.compose_v), (full.compose_k, full.compose_v)):
+        assert mine.shape == (H,)
+        for c in range(n_kv_head):
+            for h in range(H):
+                theirs.data[c, h] = mine[h] if h * n_kv_head // H == c else 0.0
+    assert_same_function(diagonal, full, PROJECTIONS, inputs())
+    if n_kv_head == H and form == "auto":
+        assert_same(diagonal.fold()(inputs(), rope(0, T)), full(inputs(), rope(0, T)))
+
+
+def test_fold_refuses_what_it_does_not_know():
+    class Shifted(MEA):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            self.compose_shift = torch.nn.Parameter(torch.zeros(()))
+
+    layer = Shifted(GPTConfig(vocab_size=11, n_layer=1, n_head=H, n_embd=C))
+    with pytest.raises(ValueError, match="compose_shift"):
+        layer.fold()
+    assert Shifted.incompressible and MEA.incompressible is None  # nor does compress.py guess what the child does
+
+
+def test_lambda_is_computed_in_float32_under_autocast():
+    layer = make("dfa").float()
+    exact = layer.lambda_now()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.lambda_now(), exact)
 
 
 def test_rms_norm_and_its_gradients():
@@ -274,6 +327,15 @@ def test_a_future_token_changes_nothing(attention, norm):
         assert not torch.allclose(a[:, t + 1 :], b[:, t + 1 :])
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_only_distances_between_positions_matter(attention):
+    layer, x = make(attention), inputs()
+    whole = layer(x, rope(0, T))
+    torch.testing.assert_close(layer(x, rope(20, 20 + T)), whole, rtol=1e-4, atol=1e-5)  # the tables are float32
+    stretched = tuple(table[0 : 2 * T : 2] for table in ROPE)
+    assert not torch.allclose(layer(x, stretched), whole, atol=1e-3)
+
+
 CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)] + [("mea", norm, n) for norm in (False, True) for n in (1, 3)]
 
 
@@ -325,13 +387,14 @@ def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypat
     """What a GPU runs, on the path that kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
     config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=n_kv_head)
     plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
-    monkeypatch.setattr(fused, "fused_on", ("cpu",))
-    calls = []
-    original = fused.attend_fused
-    monkeypatch.setattr(fused, "attend_fused", lambda *arguments: calls.append(1) or original(*arguments))
+    fused.kernel, calls = "sdpa", []
+    for name in ("mea_attention", "mea_decode"):
+        original = getattr(attention_file, name)
+        count = lambda *arguments, original=original, **named: calls.append(1) or original(*arguments, **named)
+        monkeypatch.setattr(attention_file, name, count)
     assert_same_function(plain, fused, [name for name, _ in plain.named_parameters()], inputs())
     assert_same(torch.cat(list(in_chunks(fused, config, inputs(), [9, 1, 1, 6])), dim=1), plain(inputs(), rope(0, T)))
-    assert len(calls) == 3  # the whole sequence, and two single positions; a chunk against a cache needs a mask
+    assert len(calls) == 4  # the sequence, a prefill, two single positions; a later chunk needs a mask
     caches = [KVCache(config, B, T, torch.float64) for _ in range(2)]
     for layer, cache in zip((plain, fused), caches):
         layer(inputs()[:, :9], rope(0, 9), cache.layers[0])

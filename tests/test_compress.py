@@ -10,11 +10,12 @@ import compress as program
 import train
 from attention import apply_rope, rope_table
 from compress import (
-    METHODS, allocate, approximate, choose_ranks, compress, compress_layer, effective_heads, fit_any_maps, key_blocks, probe, refit_output, second_moments, turn_heads,
+    METHODS, allocate, approximate, choose_ranks, compress, compress_layer, effective_heads, fit_any_maps, key_blocks, probe, refit_output, second_moments, align_by_rotation,
     uniform_ranks, value_blocks,
 )  # fmt: skip
 from data.dataset import WindowSampler, open_dataset
-from model import GPT, GPTConfig, KVCache, load_checkpoint
+from checkpoint import load_checkpoint
+from model import GPT, GPTConfig, KVCache
 
 BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
 D, C = 6, 24
@@ -102,24 +103,24 @@ def test_heads_that_differ_by_any_free_map_need_one_component(kind):
 @pytest.mark.parametrize("n,rank", [(3, 2), (8, 4), (5, 1)])
 def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
     heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n))
-    w, turn, rotated = turn_heads(heads, rank)
+    w, turn, rotated = align_by_rotation(heads, rank)
     errors = rotated + fit_any_maps(heads, w, turn)[2]
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:]))
-    assert errors[-1] < 0.99 * rotated[-1] < 0.99 * errors[0] == 0.99 * turn_heads(heads, rank, rounds=0)[2][0]
+    assert errors[-1] < 0.99 * rotated[-1] < 0.99 * errors[0] == 0.99 * align_by_rotation(heads, rank, rounds=0)[2][0]
 
 
 def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_frequency():
     """For n -> n-1 complex numbers per head and frequency lose nothing to a truncated SVD of each frequency by itself."""
     heads = key_blocks(random_heads(3, seed=4, columns=40))
     best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
-    w, turn, _ = turn_heads(heads, 2)
+    w, turn, _ = align_by_rotation(heads, 2)
     assert fit_any_maps(heads, w, turn, rounds=3000, tolerance=1e-9)[2][-1] == pytest.approx(best.item(), rel=1e-2)
 
 
 def test_the_truncated_svd_is_the_best_of_its_kind():
     heads = value_blocks(random_heads(5))
     singular = torch.linalg.svdvals(heads.flatten(1))
-    assert turn_heads(heads, 3, rounds=0)[2][-1] == pytest.approx((singular[3:].square().sum() / singular.square().sum()).item())
+    assert align_by_rotation(heads, 3, rounds=0)[2][-1] == pytest.approx((singular[3:].square().sum() / singular.square().sum()).item())
 
 
 @pytest.mark.parametrize("maps", ["none", "rotations", "any"])
@@ -456,4 +457,4 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     ours, _ = load_checkpoint(trained / "mha")
     with torch.no_grad():
         torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(x).logits, ours(x)[0], rtol=1e-4, atol=1e-4)
-    assert "fewer component heads" in refused(capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no")
+    assert "only a full set of components" in refused(capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no")

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import options
 import sample
 import train
-from model import ATTENTION, load_checkpoint
+from attention import ATTENTION
+from checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--schedule", "constant",
@@ -138,17 +140,17 @@ def test_a_mistake_is_reported_once(tmp_path, data):
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, monkeypatch):
     alone("--data_dir", data, "--grad_accum", 4, "--max_steps", 1, "--out_dir", tmp_path / "r")
     monkeypatch.setattr(train, "ranks", lambda: (0, 3))
-    options = train.Options(resume=True, out_dir=str(tmp_path / "r"))
+    wanted = train.Options(resume=True, out_dir=str(tmp_path / "r"))
 
     def open_run(given):
         with contextlib.ExitStack() as held:
-            return train.open_run(options, given, held)
+            return train.open_run(wanted, given, held)
 
     with pytest.raises(ValueError, match="4 micro-batches, which 3 processes cannot share equally"):
         open_run({"resume", "out_dir"})
     monkeypatch.setattr(train, "ranks", lambda: (0, 2))
     assert open_run({"resume", "out_dir"})[0].grad_accum == 2
-    options.grad_accum = 4
+    wanted.grad_accum = 4
     with pytest.raises(ValueError, match="this run has grad_accum 2, not 4"):
         open_run({"resume", "out_dir", "grad_accum"})
 
@@ -156,9 +158,9 @@ def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, monkeyp
 def test_several_processes_do_not_share_a_device(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert train.choose_device("cpu").type == "cpu"
+    assert options.choose_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="not on cuda:0"):
-        train.choose_device("cuda:0")
+        options.choose_device("cuda:0")
     if torch.cuda.device_count() < 2:
         with pytest.raises(ValueError, match="'cuda:1' is not available"):
-            train.choose_device("cuda")
+            options.choose_device("cuda")

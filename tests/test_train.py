@@ -18,7 +18,9 @@ import sample
 import train
 from data.dataset import open_dataset, validation_windows
 from data.prepare import prepare
-from model import GPT, GPTConfig, load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     run("--out_dir", tmp_path / "good", "--max_steps", 4, data=data)
     model, state = load_checkpoint(tmp_path / "good")
     state["model"]["norm.weight"][0] = math.nan
-    gpt.save_checkpoint(tmp_path / "good", state)
+    save_checkpoint(tmp_path / "good", state)
     before = (tmp_path / "good" / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", "--out_dir", str(tmp_path / "good"), "--max_steps", "9"])
@@ -307,35 +309,6 @@ def test_activation_checkpointing_changes_the_memory_and_no_number(tmp_path, dat
     assert saved[True] + inputs < 0.5 * saved[False]
 
 
-def test_a_crowded_machine_is_told_from_a_busy_or_a_slow_one():
-    assert train.crowded(10, 10)  # one thread beside one busy process
-    assert train.crowded(13, 19)  # two threads on two cores, one of them shared
-    assert not train.crowded(100, 1)  # alone on its cores
-    assert not train.crowded(100, 25)  # a visitor now and then
-    assert not train.crowded(3, 4)  # too short to tell
-    assert not train.crowded(0, 0)  # asleep, waiting for a disk, or not on Linux
-
-
-def test_the_word_about_a_crowded_machine_is_said_once(monkeypatch, capsys):
-    times = iter([(5.0, 5.0), (8.0, 8.0), (20.0, 20.0), (40.0, 40.0)])
-    monkeypatch.setattr(train, "scheduler_times", lambda: next(times))
-    watch, said = train.CrowdWatch(), []
-    for _ in range(4):
-        watch.look()
-        said.append(capsys.readouterr().err)
-    assert said[0] == said[1] == said[3] == ""
-    assert said[2].startswith("slow: this run's threads spend 50% of their time waiting") and said[2].count("\n") == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts this")
-def test_the_scheduler_counts_what_threads_run():
-    (ran, waited), began = train.scheduler_times(), time.process_time()
-    while time.process_time() < began + 0.2:
-        pass
-    now = train.scheduler_times()
-    assert now[0] - ran == pytest.approx(0.2, abs=0.1) and now[1] >= waited
-
-
 def test_threads_are_as_many_as_asked(tmp_path, data, capsys):
     try:
         run("--out_dir", tmp_path / "r", "--max_steps", 1, "--threads", 2, data=data)
@@ -345,10 +318,10 @@ def test_threads_are_as_many_as_asked(tmp_path, data, capsys):
 
 
 def test_a_preset_is_overridden_by_what_is_given():
-    options, given = gpt.parse_options(train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS)
+    options, given = parse_options(train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS)
     assert (options.n_layer, options.n_embd, options.batch_size, options.head_norm, options.compile) == (3, 32, 8, False, True)
     assert given == {"preset", "n_layer", "head_norm", "compile"}
-    assert gpt.parse_options(train.Options, [], train.PRESETS)[0].max_steps == train.PRESETS["small"]["max_steps"]
+    assert parse_options(train.Options, [], train.PRESETS)[0].max_steps == train.PRESETS["small"]["max_steps"]
 
 
 def test_compiled_and_bfloat16_runs_train(tmp_path, data):
