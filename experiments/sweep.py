@@ -1,34 +1,38 @@
 """The variants against each other: one `train.py` run for each of them and each seed, and a table of where they end.
 
     python experiments/sweep.py                                     # every variant, 3 seeds, the default preset
-    python experiments/sweep.py --variants mha,mea --seeds 5 --jobs 2
+    python experiments/sweep.py --variants mha,mea,mea-norm,mea:diagonal,mea@2 --seeds 5 --jobs 2
 
-Each variant at a learning rate of its own, chosen as the paper does (section 5.1.2, appendix D) from short runs whose rate is
-constant after the warm-up; then full runs at those rates:
+A variant is a name of attention.ATTENTION; `+norm` or `-norm` behind it is the opposite of its own default,
+`:diagonal` lets MEA learn one number per head, and `@2` caches 2 heads. Each variant at a learning rate of its own,
+chosen as the paper does (section 5.1.2, appendix D) from short runs whose rate is constant after the warm-up; then full
+runs at those rates:
 
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
 
-The same for a laptop, with a model so small that 300 steps take 20 s of one core (Talking-Heads: 30 s). What came of it is committed in
-experiments/results/laptop/, where each table begins with its command, and experiments/LOG.md says what to make of it.
+The same for a laptop, with a model so small that 300 steps take 20 s of one core. What came of it is committed in
+experiments/results/laptop/, where each table begins with its command; experiments/LOG.md says what to make of it.
 
-    LAPTOP="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_every 50 --save_every 50 --eval_windows 64 --jobs 2"
+    SHAPE="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_windows 64 --jobs 2"
+    LAPTOP="$SHAPE --eval_every 50 --save_every 50"
     RESULTS=experiments/results/laptop
-    python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1.2e-2,2.5e-2,5e-2,1e-1 --max_steps 300 --extrapolate_to 614400 \\
-        --results $RESULTS/rates $LAPTOP                                                   # a run sees 614,400 tokens: nothing is extrapolated
-    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --snapshots --results $RESULTS/own_rates $LAPTOP
+    RATES=1e-3,3e-3,6e-3,1.2e-2,2.5e-2,5e-2,1e-1
+    python experiments/sweep.py --choose_rates --learning_rates $RATES --max_steps 300 --extrapolate_to 614400 \\
+        --results $RESULTS/rates $LAPTOP                 # a run sees 614,400 tokens: nothing is extrapolated
+    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --snapshots \\
+        --results $RESULTS/own_rates $LAPTOP
 
-The data of the tables bytes and cpp-docs there (the second is about 16 million tokens, so that long runs meet none twice):
+The data of the tables bytes and cpp-docs there (the second is 16 million tokens long, so no run meets one twice):
 
     python data/prepare.py --source python --tokenizer byte --out_dir data/python-byte
     git clone --depth 1 https://github.com/MicrosoftDocs/cpp-docs ../cpp-docs
     python data/prepare.py --source ../cpp-docs/docs --tokenizer bpe --vocab_size 2048 --out_dir data/cpp-docs
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
-repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the runs that are finished.
-Options it does not know go to train.py. The further a curve is extrapolated, the more the noise in it counts: look at the
-spread over seeds in rates.md. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each with its numbers in
-a .json beside it.
+repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the finished runs.
+Options it does not know go to train.py. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each
+with its numbers in a .json beside it.
 """
 
 import argparse
@@ -42,65 +46,78 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from options import OneLineParser, fail, parse_options, run_program  # before torch
 
+import numpy as np
 import torch
 
-import model as gpt
 import train
-from model import GPT, GPTConfig, load_checkpoint, parse_options
+from attention import ATTENTION
+from model import GPT, GPTConfig, load_checkpoint
 
-VARIANTS = {
-    "mha": ["--attention", "mha"],
-    "mha+norm": ["--attention", "mha", "--head_norm", "yes"],
-    "mea-norm": ["--attention", "mea", "--head_norm", "no"],
-    "mea": ["--attention", "mea"],
-    "dfa": ["--attention", "dfa"],
-    "dfa-norm": ["--attention", "dfa", "--head_norm", "no"],
-    "tha": ["--attention", "tha"],
-    "tha+norm": ["--attention", "tha", "--head_norm", "yes"],
-}
 DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
+def variants():
+    """{name: options of train.py}: each attention with its own default head norm, and with the opposite."""
+    table = {}
+    for name in ATTENTION:
+        norm = GPTConfig(vocab_size=256, attention=name).head_norm
+        table[name] = ["--attention", name]
+        table[name + ("-norm" if norm else "+norm")] = ["--attention", name, "--head_norm", "no" if norm else "yes"]
+    return table
+
+
+def variant_options(variant):
+    """What train.py is told about a variant, e.g. mea-norm:diagonal@2. Raises ValueError for one that there is not."""
+    name, at, cached = variant.partition("@")
+    name, colon, compose = name.partition(":")
+    known = variants()
+    if name not in known or bool(at) != cached.isdecimal() or bool(colon) != (compose == "diagonal"):
+        raise ValueError(
+            f"no variant {variant}: choose from {', '.join(known)}, with :diagonal for one number per head, "
+            "with @n for n cached heads"
+        )
+    return [*known[name], *(["--compose", compose] if colon else []), *(["--n_kv_head", cached] if at else [])]
+
+
+def size_options(size):
+    """What train.py is told about a size: a preset or a width, in heads of 16 channels. Raises ValueError."""
+    if not size or size in train.PRESETS:
+        return ["--preset", size] if size else []
+    if not size.isdecimal() or int(size) % 16 or not int(size):
+        presets = ", ".join(train.PRESETS)
+        raise ValueError(f"size {size!r} is neither a preset ({presets}) nor a width, a multiple of 16")
+    return ["--n_embd", size, "--n_head", str(int(size) // 16)]
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What the runs of one row share, all but the seed. None leaves it to train.py.
-
-    variant: one of VARIANTS, or one with `@n`: with n key/value heads cached. size: a preset, or a width: that many channels, in heads of 16.
-    """
+    """What the runs of one row share, all but the seed. None leaves it to train.py."""
 
     variant: str
-    rate: float | None = None
+    learning_rate: float | None = None
     size: str | None = None
 
     @property
     def name(self):
-        return "-".join([self.variant, *([self.size] if self.size else []), *([f"lr{self.rate:g}"] if self.rate else [])])
+        rate = f"lr{self.learning_rate:g}" if self.learning_rate else None
+        return "-".join(filter(None, [self.variant, self.size, rate]))
 
     def options(self, seed):
-        variant, _, cached = self.variant.partition("@")
-        cached = ["--n_kv_head", cached] if cached else []
-        rate = ["--learning_rate", f"{self.rate:g}"] if self.rate else []
-        return [*VARIANTS[variant], *cached, *size_options(self.size), *rate, "--seed", str(seed)]
+        rate = ["--learning_rate", f"{self.learning_rate:g}"] if self.learning_rate else []
+        return [*variant_options(self.variant), *size_options(self.size), *rate, "--seed", str(seed)]
 
-
-def size_options(size):
-    """What train.py is told about a size. Raises ValueError for what is neither a preset nor a width."""
-    if not size or size in train.PRESETS:
-        return ["--preset", size] if size else []
-    if not size.isdecimal() or int(size) % 16 or not int(size):
-        raise ValueError(f"size {size!r} is neither a preset ({', '.join(train.PRESETS)}) nor a width, a multiple of 16")
-    return ["--n_embd", size, "--n_head", str(int(size) // 16)]
+    def folders(self, root, seeds):
+        return [root / f"{self.name}-seed{seed}" for seed in range(seeds)]
 
 
 @dataclass(frozen=True)
@@ -119,18 +136,20 @@ class Run:
             command += ["--resume"]
         else:
             command += ["--overwrite", *self.options]
-            (self.folder / "compose.npz").unlink(missing_ok=True)
+            for stale in self.folder.glob("compose-*.npz"):
+                stale.unlink()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self.folder}.log", "a") as log:
-            # In a session of its own: Ctrl-C reaches the sweep alone, which tells its runs once; told twice, they would not save.
+            # A session of its own: Ctrl-C reaches the sweep alone, which tells each run once. Told twice, none saves.
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def steps_left(self):
+    def flops_left(self):
         """As the run stands now, or will when it is resumed from its last regular checkpoint."""
         if finished(self.folder) or diverged(self.folder):
             return 0
         lines = read_lines(self.folder) if (self.folder / "checkpoint.pt").exists() else []
-        return self.steps - (lines[-1]["step"] // self.save_every * self.save_every if lines else 0)
+        done = lines[-1]["step"] // self.save_every * self.save_every if lines else 0
+        return self.step_flops * (self.steps - done)
 
 
 def read_lines(folder):
@@ -142,120 +161,119 @@ def read_lines(folder):
     return lines
 
 
-def read_options(folder):
-    """The options a run was started with, or {}."""
+def read_config(folder, part):
+    """The `options` a run was started with, or its `model`; {} if it has not begun."""
     try:
-        return json.loads((folder / "config.json").read_text())["options"]
+        return json.loads((folder / "config.json").read_text())[part]
     except (OSError, ValueError, KeyError):
         return {}
 
 
 def finished(folder):
     """The last line of a run's metrics if the run is done, otherwise None."""
-    lines = read_lines(folder)
-    return lines[-1] if lines and lines[-1]["step"] == read_options(folder).get("max_steps") and "val_loss" in lines[-1] else None
+    line = (read_lines(folder) or [{}])[-1]
+    return line if "val_loss" in line and line["step"] == read_config(folder, "options").get("max_steps") else None
 
 
 def diverged(folder):
     """Whether a run was stopped by a loss that is not finite; resumed, it would be again."""
-    try:
-        return folder.exists() and "stopped before the update" in Path(f"{folder}.log").read_text(errors="replace")[-1000:]
-    except OSError:
-        return False
+    log = Path(f"{folder}.log")
+    return folder.exists() and log.exists() and "stopped before the update" in log.read_text(errors="replace")[-1000:]
 
 
-def planned(setting, seed, root, rest):
-    """The Run of a setting and seed. Raises ValueError for options that train.py would refuse, or a folder with another run."""
-    options, folder = [*setting.options(seed), *rest], root / f"{setting.name}-seed{seed}"
+def plan_run(folder, options):
+    """The Run of a folder. Raises ValueError for options that train.py would refuse, or a folder with another run."""
     o, _ = parse_options(train.Options, options, train.PRESETS)
     train.check_options(o)
     shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
-    config = GPTConfig(vocab_size=256, **shape)
-    saved = read_options(folder)
+    config = GPTConfig(**{"vocab_size": 256, **shape})
+    saved = read_config(folder, "options")
     for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
         if saved[name] != getattr(o, name):
-            raise ValueError(f"{folder} holds a run with {name} {saved[name]}, not {getattr(o, name)}: give another --out_dir, or remove it")
+            raise ValueError(
+                f"{folder} holds a run with {name} {saved[name]}, not {getattr(o, name)}: give another --out_dir, "
+                "or remove it"
+            )
     flops = config.flops_per_token() * o.batch_size * o.grad_accum * config.block_size
     return Run(folder, options, o.max_steps, o.warmup_steps, o.save_every, flops)
 
 
 def run_all(runs, jobs, at_end, snapshots=False):
-    """Run what is not finished, `jobs` at a time, and call `at_end` after each. Time is foretold from FLOPs done since the start.
+    """Run what is not finished, `jobs` at a time, and call `at_end` after each.
 
-    A run that fails, other than by diverging, ends the sweep: SystemExit. However it ends, no run is left going: they save and stop.
+    A run that fails, other than by diverging, ends the sweep: SystemExit. However it ends, the runs save and stop.
     """
-    waiting = [run for run in runs if run.steps_left()]
-    flops_left = lambda: sum(run.step_flops * run.steps_left() for run in waiting)
-    queue, going, first, began, shown = [*waiting], [], flops_left(), time.monotonic(), 0
+    waiting = [run for run in runs if run.flops_left()]
+    queue, going, taken, shown = [*waiting], {}, {}, 0
+    work, began = sum(run.flops_left() for run in waiting), time.monotonic()
     try:
         while queue or going:
             while queue and len(going) < jobs:
                 run = queue.pop(0)
-                going.append((run, run.start()))
+                going[run.folder] = run.start()
             time.sleep(0.2)
-            ended = [pair for pair in going if pair[1].poll() is not None]
-            for run, _ in going if snapshots else []:  # those that ended, too: their last checkpoint is there now
-                snapshot(run.folder)
-            for run, process in ended:
-                going.remove((run, process))
-                if process.returncode and not diverged(run.folder):
-                    raise SystemExit(f"error: {' '.join(process.args)} ended with {process.returncode}: see {run.folder}.log")
+            ended = [folder for folder, process in going.items() if process.poll() is not None]
+            for folder in going if snapshots else []:  # those that ended, too: their last checkpoint is there now
+                snapshot(folder, taken)
+            for folder in ended:
+                process = going.pop(folder)
+                if process.returncode and not diverged(folder):
+                    command = " ".join(process.args)
+                    raise SystemExit(f"error: {command} ended with {process.returncode}: see {folder}.log")
                 at_end()
             if ended or time.monotonic() - shown > 60:
                 shown = time.monotonic()
-                print(progress(len(runs), sum(run.steps_left() > 0 for run in waiting), shown - began, first, flops_left()), flush=True)
+                left = [flops for run in waiting if (flops := run.flops_left())]
+                print(progress(len(runs), len(left), shown - began, work, sum(left)), flush=True)
     finally:
-        for _, process in going:
+        for process in going.values():
             process.terminate()
-        for _, process in going:
+        for process in going.values():
             process.wait()
 
 
 def progress(runs, runs_left, seconds, work, work_left):
-    """The line that says how far a sweep is, `work` and `work_left` being what there was to do at its start and is now."""
+    """How far a sweep is; `work` (FLOPs) is what there was to do at its start, `work_left` what there is now."""
     eta = f"ETA {seconds / (work - work_left) * work_left / 60:.0f} min" if work_left < work else "ETA unknown yet"
     return f"{runs - runs_left}/{runs} runs, {eta}"
 
 
-def snapshot(folder):
-    """Add the HLC matrices of an MEA run's newest checkpoint to its compose.npz, unless they are there."""
-    file, checkpoint = folder / "compose.npz", folder / "checkpoint.pt"
-    if not checkpoint.exists() or read_options(folder).get("attention") != "mea":
-        return
-    written = checkpoint.stat().st_mtime_ns  # the snapshot takes over its checkpoint's time
-    if file.exists() and file.stat().st_mtime_ns == written:
-        return
-    now = compositions([checkpoint])
-    if file.exists():
-        with np.load(file) as past:
-            kept = past["step"] < now["step"][0]
-            now = {name: np.concatenate([past[name][kept], now[name]]) for name in now}
-    with open(folder / "compose.tmp", "wb") as new:
-        np.savez(new, **now)
-    os.utime(folder / "compose.tmp", ns=(written, written))
-    os.replace(folder / "compose.tmp", file)
+def snapshot(folder, taken):
+    """Keep the composition matrices of a run's checkpoint in compose-STEP.npz; `taken` has the checkpoints' times."""
+    checkpoint = folder / "checkpoint.pt"
+    with contextlib.suppress(FileNotFoundError):  # before the first, and between two renames of each
+        written = checkpoint.stat().st_mtime_ns
+        if taken.get(folder) == written:
+            return
+        model, state = load_checkpoint(checkpoint)
+        taken[folder] = written
+        attentions = [layer.self_attn for layer in model.layers]
+        if hasattr(attentions[0], "compose_k"):
+            stack = lambda name: np.stack([getattr(a, name).detach().numpy() for a in attentions])  # (layers, Hc, H)
+            matrices = {name: stack(name) for name in ("compose_k", "compose_v")}
+            np.savez(folder / f"compose-{state['step']:06}.npz", **matrices)
 
 
-def compositions(checkpoints):
-    """dict(step (n), compose_k (n, layers, Hc, H), compose_v (n, layers, Hc, H)) of n checkpoints."""
-    collected = dict(step=[], compose_k=[], compose_v=[])
-    for model, state in map(load_checkpoint, checkpoints):
-        collected["step"].append(state["step"])
-        for name in ("compose_k", "compose_v"):
-            collected[name].append(torch.stack([getattr(layer.self_attn, name).detach() for layer in model.layers]).numpy())
-    return {name: np.array(values) for name, values in collected.items()}
+def compositions(folder):
+    """dict(run, step (n), compose_k (n, layers, Hc, H), compose_v) of a run's snapshots, as lists; None without any."""
+    files = sorted(folder.glob("compose-*.npz"))
+    if not files:
+        return None
+    loaded = [dict(np.load(file)) for file in files]
+    matrices = {name: [snapshot[name].tolist() for snapshot in loaded] for name in ("compose_k", "compose_v")}
+    return dict(run=folder.name, step=[int(file.stem.removeprefix("compose-")) for file in files], **matrices)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# The table of losses
 
 
 def sign_flip_p(differences):
     """Two-sided p-value of the mean of paired differences: the exact sign-flip test.
 
-    If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n choices of
-    signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n, so 3 seeds cannot show
-    anything at the 5 % level, and 6 can. Raises ValueError for none, or more than 24, differences.
+    If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n
+    choices of signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n: three
+    seeds cannot show anything at the 5 % level, six can. Raises ValueError for none, or more than 24, differences.
     """
     if not 1 <= len(differences) <= 24:
         raise ValueError(f"the sign-flip test takes 1 to 24 differences, not {len(differences)}")
@@ -265,52 +283,72 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
+def mean_and_std(values):
+    """Mean (None of nothing) and standard deviation (None of fewer than two)."""
+    values = [*values]
+    return statistics.mean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+
+
+def outcome(root, setting, seeds):
+    """(a row of counts and losses, {seed: last line of its metrics}) of a setting's finished runs."""
+    folders = setting.folders(root, seeds)
+    ends = {seed: line for seed, folder in enumerate(folders) if (line := finished(folder))}
+    lost = sum(seed not in ends and diverged(folder) for seed, folder in enumerate(folders))
+    losses, spikes = (
+        {seed: line["val_loss"] for seed, line in ends.items()},
+        [line["loss_spikes"] for line in ends.values()],
+    )
+    return dict(asdict(setting), n=len(ends), diverged=lost, spikes=sum(spikes), losses=losses), ends
+
+
 def summary(root, settings, seeds, own_rates=False):
     """{name: {mean, std, n, minus_mha, p, ...}} of the finished runs; differences are paired by seed.
 
     MHA is the one of the same size and, unless each variant has its own, the same rate.
     """
-    folders = {setting: [root / f"{setting.name}-seed{seed}" for seed in range(seeds)] for setting in settings}
-    lines = {setting: {seed: line for seed, folder in enumerate(folders[setting]) if (line := finished(folder))} for setting in settings}
-    table = {}
-    for setting, runs in lines.items():
-        lost = sum(seed not in runs and diverged(folder) for seed, folder in enumerate(folders[setting]))
-        if not runs and not lost:
-            continue
-        same = [other for other in settings if (other.variant, other.size) == ("mha", setting.size) and (own_rates or other.rate == setting.rate)]
-        mha = lines[same[0]] if same else {}
-        values = [line["val_loss"] for line in runs.values()]
-        paired = [line["val_loss"] - mha[seed]["val_loss"] for seed, line in runs.items() if seed in mha]
-        name = setting.variant if own_rates and not setting.size else setting.name
-        table[name] = dict(
-            variant=setting.variant, size=setting.size, learning_rate=setting.rate, n=len(values), diverged=lost,
-            mean=statistics.mean(values) if values else None, std=statistics.stdev(values) if len(values) > 1 else None,
-            bpb=statistics.mean(line["val_bpb"] for line in runs.values()) if runs else None,
-            spikes=sum(line["loss_spikes"] for line in runs.values()), minus_mha=statistics.mean(paired) if paired else None,
-            minus_mha_std=statistics.stdev(paired) if len(paired) > 1 else None,
-            p=sign_flip_p(paired) if len(paired) > 1 and setting.variant != "mha" else None,
-            losses={seed: line["val_loss"] for seed, line in runs.items()},
-        )  # fmt: skip
+    table, outcomes = {}, {setting: outcome(root, setting, seeds) for setting in settings}
+    for setting, (row, ends) in outcomes.items():
+        plain = Setting("mha", setting.learning_rate, setting.size)
+        if own_rates:
+            plain = next((s for s in settings if (s.variant, s.size) == ("mha", setting.size)), plain)
+        mha = outcomes[plain][0]["losses"] if plain in outcomes and plain != setting else {}
+        paired = [loss - mha[seed] for seed, loss in row["losses"].items() if seed in mha]
+        row["mean"], row["std"] = mean_and_std(row["losses"].values())
+        row["bpb"], _ = mean_and_std(line["val_bpb"] for line in ends.values())
+        row["minus_mha"], row["minus_mha_std"] = mean_and_std(paired)
+        row["p"] = sign_flip_p(paired) if len(paired) > 1 else None
+        if row["n"] or row["diverged"]:
+            table[setting.variant if own_rates and not setting.size else setting.name] = row
     return table
-
-
-def markdown(table):
-    rates = any(row["learning_rate"] for row in table.values())
-    rows = [f"| variant |{' rate |' if rates else ''} validation loss | bits per byte | minus MHA, same seed | p | spikes | seeds |", "|---|---|---|---|---|---|---|" + "---|" * rates]
-    for name, row in table.items():
-        cells = [name, *([number(row["learning_rate"], "g")] if rates else []), number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")]
-        cells += [number(row["minus_mha"], "+.4f", row["minus_mha_std"]) if row["variant"] != "mha" else "", number(row["p"], ".3g"), str(row["spikes"])]
-        seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
-        rows.append(f"| {' | '.join([*cells, seeds])} |")
-    counts = sorted({row["n"] for row in table.values() if row["p"] is not None})
-    if counts:
-        smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
-        rows += ["", f"Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences, which cannot be below {smallest}."]
-    return "\n".join(rows)
 
 
 def number(value, form, std=None):
     return ("" if value is None else f"{value:{form}}") + ("" if std is None else f" ± {std:.4f}")
+
+
+def table_lines(heads, rows):
+    """A Markdown table."""
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in [heads, *rows]]
+    return [head, "|" + "---|" * len(heads), *lines]
+
+
+def markdown(table):
+    heads = ["variant", "rate", "validation loss", "bits per byte", "minus MHA, same seed", "p", "spikes", "seeds"]
+    rows = []
+    for name, row in table.items():
+        losses = number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")
+        versus = number(row["minus_mha"], "+.4f", row["minus_mha_std"]), number(row["p"], ".3g")
+        seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
+        rows.append([name, number(row["learning_rate"], "g"), *losses, *versus, str(row["spikes"]), seeds])
+    lines = table_lines(heads, rows)
+    if counts := sorted({row["n"] for row in table.values() if row["p"] is not None}):
+        smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
+        lines += [
+            "",
+            "Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences, which cannot",
+        ]
+        lines += [f"be below {smallest}."]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,11 +356,11 @@ def number(value, form, std=None):
 
 
 def fit_power_law(tokens, losses):
-    """dict(alpha, D_c, L_0) of L(D) = (D_c / D)^alpha + L_0, the paper's law of a loss curve (section 5.1.2). Robust least squares.
+    """dict(alpha, D_c, L_0) of L(D) = (D_c / D)^alpha + L_0, the paper's law of a loss curve (section 5.1.2).
 
-    At a given alpha the law is linear in the amplitude (D_c / D_last)^alpha and in L_0, both at least 0, so only alpha is searched,
-    between 0.02 and 2: a grid, then finer ones around its best. Points far off the curve, as of a spike, count less (Huber's
-    weights). Raises ValueError for fewer than 4 points.
+    Variable projection: at a given alpha the law is linear in the amplitude (D_c / D_last)^alpha and in L_0, both at
+    least 0, so only alpha is searched, on a grid from 0.02 to 2. Points far off the curve, as of a spike, count less
+    (Huber's weights). Raises ValueError for fewer than 4 points.
     """
     x, y = np.log(np.asarray(tokens, float) / tokens[-1]), np.asarray(losses, float)
     if len(y) < 4:
@@ -339,14 +377,11 @@ def fit_power_law(tokens, losses):
         floor = np.maximum(floor, 0)
         return amplitude, floor, (amplitude[:, None] * basis + floor[:, None] - y) ** 2 @ w
 
-    weights = np.ones(len(y))
+    alphas, weights = np.geomspace(0.02, 2, 2001), np.ones(len(y))
     for _ in range(10):
-        alphas = np.geomspace(0.02, 2, 41)
-        for _ in range(5):
-            amplitude, floor, error = project(alphas, weights)
-            best = int(error.argmin())
-            found = alphas[best], amplitude[best], floor[best]
-            alphas = np.linspace(alphas[max(best - 1, 0)], alphas[min(best + 1, len(alphas) - 1)], 21)
+        amplitude, floor, error = project(alphas, weights)
+        best = int(error.argmin())
+        found = alphas[best], amplitude[best], floor[best]
         off = np.abs(found[1] * np.exp(-found[0] * x) + found[2] - y)
         weights = 1 / np.maximum(1, off / (1.345 * 1.4826 * np.median(off) + 1e-12))
     alpha, amplitude, floor = map(float, found)
@@ -354,136 +389,140 @@ def fit_power_law(tokens, losses):
 
 
 def power_law(fit, tokens):
-    """The loss that a fit foretells at a number of tokens."""
+    """The loss that a fit predicts at a number of tokens."""
     return (fit["D_c"] / tokens) ** fit["alpha"] + fit["L_0"]
 
 
 def smoothed_curve(lines, warmup_steps, points=50):
     """(tokens, training loss) of a run after its warm-up, each the mean over one of up to `points` equal stretches.
 
-    The training loss: there is one at every step, no batch was seen before, and runs with one seed see the same batches.
+    The training loss: there is one at every step, no batch was seen before, and runs of one seed see the same batches.
     """
     after = np.array([(line["tokens"], line["train_loss"]) for line in lines if line["step"] > warmup_steps])
     return np.array([part.mean(0) for part in np.array_split(after, min(points, len(after)))]).T
 
 
 def rate_rows(root, settings, seeds, tokens=None):
-    """A dict for each setting whose runs are all done: spikes, losses, fits and the mean loss extrapolated to `tokens`.
+    """A dict for each setting whose runs are all done: spikes, losses, fits, the mean loss extrapolated to `tokens`.
 
-    Stable: every seed finished, and none had a loss spike. `tokens` is by default ten times what a run saw, as in the paper.
+    Stable: every seed finished, and none had a loss spike. `tokens` is by default ten times what a run saw, as in the
+    paper.
     """
     rows = []
     for setting in settings:
-        folders = [root / f"{setting.name}-seed{seed}" for seed in range(seeds)]
-        lost = sum(map(diverged, folders))
-        ends = [end for folder in folders if (end := finished(folder))]
-        if len(ends) + lost < seeds:
+        row, ends = outcome(root, setting, seeds)
+        if row["n"] + row["diverged"] < seeds:
             continue
-        fits = [fit_power_law(*smoothed_curve(read_lines(f), read_options(f)["warmup_steps"])) for f in folders if finished(f)]
-        at = tokens or (10 * ends[0]["tokens"] if ends else None)
-        ahead = [power_law(fit, at) for fit in fits]
-        config = json.loads((folders[0] / "config.json").read_text())["model"]
-        rows.append(dict(
-            variant=setting.variant, size=setting.size, learning_rate=setting.rate, n=len(ends), diverged=lost, parameters=count_parameters(config),
-            spikes=sum(end["loss_spikes"] for end in ends), stable=not lost and not any(end["loss_spikes"] for end in ends),
-            losses=[end["val_loss"] for end in ends], fits=fits, tokens=at,
-            extrapolated=statistics.mean(ahead) if ahead else None, extrapolated_std=statistics.stdev(ahead) if len(ahead) > 1 else None,
-        ))  # fmt: skip
+        folders = setting.folders(root, seeds)
+        curves = [(read_lines(folders[seed]), read_config(folders[seed], "options")["warmup_steps"]) for seed in ends]
+        row["fits"] = [fit_power_law(*smoothed_curve(*curve)) for curve in curves]
+        row["tokens"] = tokens or max((10 * line["tokens"] for line in ends.values()), default=None)
+        ahead = mean_and_std(power_law(fit, row["tokens"]) for fit in row["fits"])
+        row["extrapolated"], row["extrapolated_std"] = ahead
+        row["stable"] = not row["diverged"] and not row["spikes"]
+        with torch.device("meta"):
+            row["parameters"] = GPT(GPTConfig(**read_config(folders[0], "model"))).n_params()
+        rows.append(row)
     return rows
 
 
 def choose_rate(rows, tolerance):
-    """The row with the largest stable rate whose extrapolated loss is within `tolerance` of the lowest stable one; None if none is stable.
+    """The largest stable rate whose extrapolated loss is within `tolerance` of the lowest stable one, or None.
 
-    The paper found the best rate of every variant to be its largest stable one: an infinite tolerance takes that for a rule.
+    The paper found the best rate of every variant to be its largest stable one: an infinite tolerance takes that for a
+    rule.
     """
     stable = [row for row in rows if row["stable"]]
     lowest = min((row["extrapolated"] for row in stable), default=None)
-    return max((row for row in stable if row["extrapolated"] <= lowest + tolerance), key=lambda row: row["learning_rate"], default=None)
+    return max((row["learning_rate"] for row in stable if row["extrapolated"] <= lowest + tolerance), default=None)
 
 
 def best_rate(rows):
-    """Where a parabola through the lowest extrapolated loss and its two neighbours, over the logarithm of the rate, is lowest.
+    """Where a parabola through the lowest extrapolated loss and its two neighbours, over log rate, is lowest.
 
-    Rates are tried in steps; this is what lies between them. At an end of the stable rates the rate there: the best one may lie
-    beyond. None if none is stable.
+    Rates are tried in steps; this is what lies between them. At an end of the stable rates the rate there: the best one
+    may lie beyond. None if none is stable.
     """
     rows = sorted((row for row in rows if row["stable"]), key=lambda row: row["learning_rate"])
     if not rows:
         return None
     lowest = min(range(len(rows)), key=lambda i: rows[i]["extrapolated"])
+    rate = rows[lowest]["learning_rate"]
     if not 0 < lowest < len(rows) - 1:
-        return rows[lowest]["learning_rate"]
+        return rate
     near = rows[lowest - 1 : lowest + 2]
-    curvature, slope, _ = np.polyfit(np.log([row["learning_rate"] / rows[lowest]["learning_rate"] for row in near]), [row["extrapolated"] for row in near], 2)
-    return rows[lowest]["learning_rate"] * math.exp(-slope / (2 * curvature))
+    x, y = np.log([row["learning_rate"] / rate for row in near]), [row["extrapolated"] for row in near]
+    curvature, slope, _ = np.polyfit(x, y, 2)
+    return rate * math.exp(-slope / (2 * curvature))
 
 
 def fit_rate_against_size(parameters, rates):
-    """(c, e) of rate = c * parameters^e: a line through the logarithms. Raises ValueError unless there are two sizes."""
+    """(c, e) of rate = c * parameters^e, a line through the logarithms. Raises ValueError for fewer than two sizes."""
     if len(set(parameters)) < 2:
         raise ValueError("the rate's dependence on size needs models of at least two sizes")
     exponent, constant = np.polyfit(np.log(parameters), np.log(rates), 1)
     return float(np.exp(constant)), float(exponent)
 
 
-def count_parameters(config):
-    """Parameters of the model in a run's config.json."""
-    with torch.device("meta"):
-        return GPT(GPTConfig(**config)).n_params()
-
-
 def choose_rates(root, settings, seeds, tokens, tolerance):
-    """(rows, choices, laws): a choice for each size and variant; a law of the best rate for each variant that ran in two sizes or more.
+    """(rows, choices, laws): a choice for each size and variant; a law of the best rate for each variant in two sizes.
 
-    From three sizes on a law is put to a test: fitted without the largest model, it foretells that one's best rate.
+    From three sizes on a law is tested: fitted without the largest model, it predicts that one's best rate.
     """
     rows, choices, laws = rate_rows(root, settings, seeds, tokens), [], []
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
         mine = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
-        chosen = choose_rate(mine, tolerance)
-        choices.append(dict(
-            variant=variant, size=size, learning_rate=chosen and chosen["learning_rate"], best=best_rate(mine), parameters=mine[0]["parameters"],
-        ))  # fmt: skip
+        rates = dict(learning_rate=choose_rate(mine, tolerance), best=best_rate(mine))
+        choices.append(dict(variant=variant, size=size, **rates, parameters=mine[0]["parameters"]))
     for variant in dict.fromkeys(choice["variant"] for choice in choices):
-        known = sorted((choice for choice in choices if choice["variant"] == variant and choice["best"]), key=lambda choice: choice["parameters"])
-        if len({choice["parameters"] for choice in known}) < 2:
-            continue
+        known = [choice for choice in choices if choice["variant"] == variant and choice["best"]]
+        known.sort(key=lambda choice: choice["parameters"])
         parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
+        if len(set(parameters)) < 2:
+            continue
         constant, exponent = fit_rate_against_size(parameters, rates)
         law = dict(variant=variant, constant=constant, exponent=exponent, sizes=[choice["size"] for choice in known])
         if len(set(parameters[:-1])) > 1:
             c, e = fit_rate_against_size(parameters[:-1], rates[:-1])
-            law["test"] = dict(constant=c, exponent=e, foretold=c * parameters[-1] ** e, found=rates[-1])
+            law["test"] = dict(constant=c, exponent=e, predicted=c * parameters[-1] ** e, found=rates[-1])
         laws.append(law)
     return rows, choices, laws
 
 
 def rates_markdown(rows, choices, laws):
-    chosen = {(choice["size"], choice["variant"], choice["learning_rate"]) for choice in choices}
-    lines = ["| variant | size | rate | validation loss | extrapolated | spikes | diverged | |", "|---|---|---|---|---|---|---|---|"]
+    chosen, cells = [(choice["size"], choice["variant"], choice["learning_rate"]) for choice in choices], []
     for row in rows:
-        word = "**chosen**" if (row["size"], row["variant"], row["learning_rate"]) in chosen else "" if row["stable"] else "unstable"
-        loss = number(statistics.mean(row["losses"]) if row["losses"] else None, ".4f")
-        lines.append(f"| {row['variant']} | {row['size'] or ''} | {row['learning_rate']:g} | {loss} | {number(row['extrapolated'], '.4f', row['extrapolated_std'])} | {row['spikes']} | {row['diverged']} of {row['n'] + row['diverged']} | {word} |")
-    lines += ["", "| variant | size | parameters | chosen: largest stable rate near the lowest loss | lowest extrapolated loss, between rates |", "|---|---|---|---|---|"]
+        mark = "**chosen**" if (row["size"], row["variant"], row["learning_rate"]) in chosen else ""
+        mark = mark if row["stable"] else "unstable"
+        loss, ahead = mean_and_std(row["losses"].values())[0], (row["extrapolated"], ".4f", row["extrapolated_std"])
+        lost = f"{row['diverged']} of {row['n'] + row['diverged']}"
+        cells.append([row["variant"], row["size"] or "", f"{row['learning_rate']:g}"])
+        cells[-1] += [number(loss, ".4f"), number(*ahead), str(row["spikes"]), lost, mark]
+    heads = ["variant", "size", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""]
+    lines, cells = table_lines(heads, cells), []
     for choice in choices:
         rate = number(choice["learning_rate"], "g") or "none is stable: try smaller ones"
-        lines.append(f"| {choice['variant']} | {choice['size'] or ''} | {choice['parameters']:,} | {rate} | {number(choice['best'], '.2g')} |")
-    if laws:
-        lines += ["", "| variant | best rate | without the largest size: | foretells for it | found |", "|---|---|---|---|---|"]
+        size, parameters = choice["size"] or "", f"{choice['parameters']:,}"
+        cells.append([choice["variant"], size, parameters, rate, number(choice["best"], ".2g")])
+    heads = ["chosen: largest stable rate near the lowest loss", "lowest extrapolated loss, between rates"]
+    lines += ["", *table_lines(["variant", "size", "parameters", *heads], cells)]
     power = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}"
+    cells = []
     for law in laws:
         test = law.get("test")
-        cells = [power(test), f"{test['foretold']:.2g}", f"{test['found']:.2g}"] if test else ["", "", ""]
-        lines.append(f"| {' | '.join([law['variant'], power(law), *cells])} |")
+        tested = [power(test), f"{test['predicted']:.2g}", f"{test['found']:.2g}"] if test else ["", "", ""]
+        cells.append([law["variant"], power(law), *tested])
+    if laws:
+        heads = ["variant", "best rate", "without the largest size", "prediction for it", "found"]
+        lines += ["", *table_lines(heads, cells)]
     return "\n".join(lines)
 
 
 def read_rates(path):
     """{(size, variant): rate} from a rates.json. Raises ValueError for a file that is none."""
     try:
-        return {(choice["size"], choice["variant"]): choice["learning_rate"] for choice in json.loads(path.read_text())["choices"]}
+        choices = json.loads(path.read_text())["choices"]
+        return {(choice["size"], choice["variant"]): choice["learning_rate"] for choice in choices}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file that --choose_rates wrote ({error})") from error
 
@@ -494,7 +533,7 @@ def read_rates(path):
 
 def save_picture(path, data, draw):
     """Write path.json and, where matplotlib is installed, path.png: draw(pyplot, data) returns a figure."""
-    path.with_name(path.name + ".json").write_text(json.dumps(data) + "\n")
+    Path(f"{path}.json").write_text(json.dumps(data) + "\n")
     try:
         import matplotlib
     except ImportError:
@@ -504,20 +543,15 @@ def save_picture(path, data, draw):
     from matplotlib import pyplot as plt
 
     figure = draw(plt, data)
-    figure.savefig(path.with_name(path.name + ".png"), dpi=120)
+    figure.savefig(f"{path}.png", dpi=120)
     plt.close(figure)
 
 
-def order(variant):
-    """Where a variant stands among the others, and the number of heads it caches, -1 for all of them."""
+def line_style(variant):
+    """A colour for each variant; broken lines for fewer cached heads, and for one number per head."""
     name, _, cached = variant.partition("@")
-    return [*VARIANTS].index(name), -int(cached or 1e9)
-
-
-def line(variant, **more):
-    """How a variant is drawn: a colour for each, broken lines for fewer cached heads."""
-    index, cached = order(variant)
-    return dict(color=f"C{index}", ls={-1: ":", -2: "--"}.get(cached, "-" if cached < -1e6 else "-."), **more)
+    name, _, compose = name.partition(":")
+    return dict(color=f"C{[*variants()].index(name)}", ls={"": "-", "1": ":"}.get(cached or compose, "--"), lw=1.5)
 
 
 def title(size):
@@ -525,77 +559,80 @@ def title(size):
 
 
 def curves(root, table, seeds):
-    """{size: {variant: {tokens, losses}}}: validation losses (seeds, evaluations); of several rates, the one that ended lowest."""
+    """{size: {variant: {tokens, losses}}}: validation losses by seed; of several rates, the one that ended lowest."""
     data = {}
     for row in sorted((row for row in table.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
-        setting = Setting(row["variant"], row["learning_rate"], row["size"])
-        runs = {seed: read_lines(root / f"{setting.name}-seed{seed}") for seed in range(seeds) if seed in row["losses"]}
-        runs = {seed: [line for line in lines if "val_loss" in line] for seed, lines in runs.items()}
-        data.setdefault(row["size"] or "", {})[row["variant"]] = dict(
-            learning_rate=row["learning_rate"], tokens=[line["tokens"] for line in next(iter(runs.values()))],
-            losses={seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()},
-        )  # fmt: skip
-    return {size: dict(sorted(lines.items(), key=lambda line: order(line[0]))) for size, lines in data.items()}
+        folders = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, seeds)
+        runs = {seed: [line for line in read_lines(folders[seed]) if "val_loss" in line] for seed in row["losses"]}
+        tokens = [line["tokens"] for line in next(iter(runs.values()))]
+        losses = {seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()}
+        lines = data.setdefault(row["size"] or "", {})
+        lines[row["variant"]] = dict(learning_rate=row["learning_rate"], tokens=tokens, losses=losses)
+    return data
 
 
 def draw_curves(plt, data):
     """Left the losses; right, where MHA is there, the differences to it, paired by seed, with their range."""
     both = any("mha" in lines and len(lines) > 1 for lines in data.values())
-    figure, axes = plt.subplots(len(data), 1 + both, figsize=(6 + 5 * both, 4 * len(data)), layout="constrained", squeeze=False)
+    size = (6 + 5 * both, 4 * len(data))
+    figure, axes = plt.subplots(len(data), 1 + both, figsize=size, layout="constrained", squeeze=False)
     for (left, *right), (size, lines) in zip(axes, data.items()):
-        for name, runs in lines.items():
+        mha = lines.get("mha", dict(tokens=[], losses={}))
+        for i, (name, runs) in enumerate(lines.items()):
             x = np.array(runs["tokens"]) / 1e6
-            label = name + (f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else "") + f" (n = {len(runs['losses'])})"
-            left.plot(x, np.mean([*runs["losses"].values()], axis=0), **line(name, lw=1.5, label=label))
-            mha = lines.get("mha", dict(tokens=[], losses={}))
-            paired = [np.subtract(losses, mha["losses"][seed]) for seed, losses in runs["losses"].items() if seed in mha["losses"] and runs["tokens"] == mha["tokens"]]
+            rate = f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else ""
+            label = f"{name}{rate} (n = {len(runs['losses'])})"
+            left.plot(x, np.mean([*runs["losses"].values()], axis=0), label=label, **line_style(name))
+            same = mha["losses"] if runs["tokens"] == mha["tokens"] else {}
+            paired = [np.subtract(losses, same[seed]) for seed, losses in runs["losses"].items() if seed in same]
             if right and paired:
                 mean = np.mean(paired, axis=0)
-                beside = x + 0.05 * (x[-1] / len(x)) * order(name)[0]  # bars side by side
-                reach = (mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean) if len(paired) > 1 and name != "mha" else None
-                right[0].errorbar(beside, mean, reach, **line(name, lw=1.5, elinewidth=0.8, capsize=2))
-        left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title=f"{title(size)}mean over seeds")
+                reach = mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean
+                beside = x + 0.05 * (x[-1] / len(x)) * i  # bars side by side
+                right[0].errorbar(beside, mean, reach, elinewidth=0.8, capsize=2, **line_style(name))
+        left.set(ylabel="validation loss (nats per token)", title=f"{title(size)}mean over seeds")
         left.legend(fontsize=9)
-        left.grid(alpha=0.3)
         if right:
-            right[0].set(xlabel="training tokens (millions)", ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
-            right[0].grid(alpha=0.3)
+            right[0].set(ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
+        for ax in (left, *right):
+            ax.set(xlabel="training tokens (millions)")
+            ax.grid(alpha=0.3)
     return figure
 
 
 def sensitivity(table):
-    """{size: {variant: [{learning_rate, losses, unstable}, ..]}} of rows with a rate: `unstable` counts spikes and lost runs."""
+    """{size: {variant: [{learning_rate, losses, unstable}, ..]}}, by rate; `unstable` counts spikes and lost runs."""
     data = {}
-    for row in table:
-        losses = [*row["losses"].values()] if isinstance(row["losses"], dict) else row["losses"]
-        point = dict(learning_rate=row["learning_rate"], losses=losses, unstable=row["spikes"] + row["diverged"])
+    for row in sorted(table.values(), key=lambda row: row["learning_rate"]):
+        point = dict(learning_rate=row["learning_rate"], losses=[*row["losses"].values()])
+        point["unstable"] = row["spikes"] + row["diverged"]
         data.setdefault(row["size"] or "", {}).setdefault(row["variant"], []).append(point)
-    for lines in data.values():
-        for points in lines.values():
-            points.sort(key=lambda point: point["learning_rate"])
     return data
 
 
 def draw_sensitivity(plt, data):
-    """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest: beyond is only bad."""
+    """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest."""
     figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
     for ax, (size, lines) in zip(axes[0], data.items()):
+        every = [point for points in lines.values() for point in points if point["losses"]]
         for name, points in lines.items():
+            style = line_style(name)
             points = [point for point in points if point["losses"]]
-            x = [point["learning_rate"] for point in points]
-            ax.plot(x, [statistics.mean(point["losses"]) for point in points], **line(name, lw=1.5, label=name))
-            color = line(name)["color"]
-            ax.fill_between(x, [min(point["losses"]) for point in points], [max(point["losses"]) for point in points], color=color, alpha=0.15, lw=0)
+            x, losses = [point["learning_rate"] for point in points], [point["losses"] for point in points]
+            ax.plot(x, [*map(statistics.mean, losses)], label=name, **style)
+            ax.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=style["color"], alpha=0.15, lw=0)
             for point in points:
-                face = "white" if point["unstable"] else color
-                ax.plot([point["learning_rate"]] * len(point["losses"]), point["losses"], "o", ms=4, color=color, mfc=face)
-        lowest = min((loss for points in lines.values() for point in points for loss in point["losses"]), default=0)
+                face = "white" if point["unstable"] else style["color"]
+                rates = [point["learning_rate"]] * len(point["losses"])
+                ax.plot(rates, point["losses"], "o", ms=4, color=style["color"], mfc=face)
+        lowest = min((min(point["losses"]) for point in every), default=0)
         ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
-        rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
         ax.set_xscale("log")
+        rates = sorted({point["learning_rate"] for point in every})
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
         ax.minorticks_off()
-        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)", title=f"{title(size)}open dots: loss spikes or a lost run")
+        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)")
+        ax.set_title(f"{title(size)}open dots: loss spikes or a lost run")
         ax.legend(fontsize=9)
         ax.grid(alpha=0.3)
     return figure
@@ -604,38 +641,37 @@ def draw_sensitivity(plt, data):
 def draw_compositions(plt, data, columns=6):
     """W - I (where h' = h) of every layer, keys above values, at up to `columns` steps."""
     which = sorted({round(i) for i in np.linspace(0, len(data["step"]) - 1, columns)})
-    matrices = {name: np.array(data[name])[which] for name in ("compose_k", "compose_v")}  # (columns, layers, Hc, H)
-    square = matrices["compose_k"].shape[-1] == matrices["compose_k"].shape[-2] == matrices["compose_v"].shape[-2]
-    shown = {name: w - np.eye(w.shape[-1]) if square else w for name, w in matrices.items()}
+    shown = {name: np.array(data[name])[which] for name in ("compose_k", "compose_v")}  # (columns, layers, Hc, H)
+    square = all(w.shape[-1] == w.shape[-2] for w in shown.values())
+    shown = {name: w - np.eye(w.shape[-1]) if square else w for name, w in shown.items()}
     layers, limit = shown["compose_k"].shape[1], max(float(np.abs(w).max()) for w in shown.values()) or 1
-    figure, axes = plt.subplots(2 * layers, len(which), figsize=(1.5 * len(which) + 1.6, 3 * layers + 0.6), layout="constrained", squeeze=False)
+    size = (1.5 * len(which) + 1.6, 3 * layers + 0.6)
+    figure, axes = plt.subplots(2 * layers, len(which), figsize=size, layout="constrained", squeeze=False)
     for row, column in np.ndindex(axes.shape):
-        ax, name = axes[row, column], "compose_k" if row % 2 == 0 else "compose_v"
+        ax, (kind, name) = axes[row, column], [("keys", "compose_k"), ("values", "compose_v")][row % 2]
         image = ax.imshow(shown[name][column, row // 2], cmap="RdBu_r", vmin=-limit, vmax=limit)
-        ax.set_xticks([])
-        ax.set_yticks([])
+        ax.set(xticks=[], yticks=[])
         if row == 0:
             ax.set_title(f"step {data['step'][which[column]]}", fontsize=10)
         if column == 0:
-            ax.set_ylabel(f"layer {row // 2}, {'keys' if row % 2 == 0 else 'values'}", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=min(1, 1.5 / layers), label="learned composition" + (" minus identity" if square else ""))
+            ax.set_ylabel(f"layer {row // 2}, {kind}", fontsize=9)
+    label = "learned composition" + (" minus identity" if square else "")
+    figure.colorbar(image, ax=axes, shrink=min(1, 1.5 / layers), label=label)
     figure.suptitle(f"{data['run']}: component heads (rows) to composite heads (columns)", fontsize=11)
     return figure
 
 
 def draw_runs(root, results, table, seeds):
-    """All pictures that the finished runs allow: <results>-curves, -rates and -<run>-compositions."""
+    """All pictures that the finished runs allow: <results>-curves, -sensitivity and -<run>-compositions."""
     rows = [row for row in table.values() if row["n"]]
     if rows:
-        save_picture(results.with_name(results.name + "-curves"), curves(root, table, seeds), draw_curves)
+        save_picture(Path(f"{results}-curves"), curves(root, table, seeds), draw_curves)
     if len({(row["variant"], row["size"]) for row in table.values()}) < len(table):  # several rates of one
-        save_picture(results.with_name(results.name + "-sensitivity"), sensitivity([*table.values()]), draw_sensitivity)
+        save_picture(Path(f"{results}-sensitivity"), sensitivity(table), draw_sensitivity)
     for row in rows:
-        folder = root / f"{Setting(row['variant'], row['learning_rate'], row['size']).name}-seed0"
-        if row["variant"].startswith("mea") and (folder / "compose.npz").exists():
-            with np.load(folder / "compose.npz") as file:
-                data = dict(run=folder.name, **{name: file[name].tolist() for name in file.files})
-            save_picture(results.with_name(f"{results.name}-{folder.name}-compositions"), data, draw_compositions)
+        folder = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, 1)[0]
+        if data := compositions(folder):
+            save_picture(Path(f"{results}-{folder.name}-compositions"), data, draw_compositions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,29 +679,32 @@ def draw_runs(root, results, table, seeds):
 
 
 def parse(argv):
-    parser = gpt.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--variants", default=DEFAULT, help=f"of {', '.join(VARIANTS)}; mea@2 caches 2 heads (default: {DEFAULT})")
-    parser.add_argument("--sizes", default="", help="every variant in each of these: presets (tiny,small) or widths in heads of 16 channels (32,64,128)")
-    parser.add_argument("--learning_rates", default="", help="e.g. 1e-3,3e-3: every variant at each of them")
-    parser.add_argument("--choose_rates", action="store_true", help="runs with --schedule constant, and from them a rate for each variant")
-    parser.add_argument("--extrapolate_to", type=float, default=0, help="tokens at which --choose_rates ranks (default: 10 times a run's)")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="--choose_rates takes the largest stable rate whose extrapolated loss is so close to the lowest (default 0.02)")
-    parser.add_argument("--rates_from", default="", help="a rates.json of --choose_rates: every variant at its own rate")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, .. of each (default 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
-    parser.add_argument("--snapshots", action="store_true", help="keep the HLC matrices of every checkpoint, in compose.npz of its run, and draw them")
-    parser.add_argument("--out_dir", default="", help="where the run folders go (default out/sweep, or out/rates for --choose_rates)")
-    parser.add_argument("--results", default="", help="name of the .json and .md to write in experiments/results (default losses, or rates, learning_rates, own_rates)")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--variants", default=DEFAULT, help="variants with commas between them (default: %(default)s)")
+    add("--sizes", default="", help="presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
+    add("--learning_rates", default="", help="e.g. 1e-3,3e-3: every variant at each of them")
+    add("--choose_rates", action="store_true", help="runs with --schedule constant; from them a rate for each variant")
+    add("--extrapolate_to", type=float, default=0, help="tokens at which rates are ranked (default: 10 times a run's)")
+    add("--tolerance", type=float, default=0.02, help="how close to the lowest extrapolated loss a larger rate may be")
+    add("--rates_from", default="", help="a rates.json of --choose_rates: every variant at its own rate")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, .. of each (default 3)")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
+    add("--snapshots", action="store_true", help="keep MEA's compositions of every checkpoint, and draw them")
+    add("--out_dir", default="", help="where the run folders go (default out/sweep, or out/rates for --choose_rates)")
+    add(
+        "--results",
+        default="",
+        help="name of the .json and .md (default: by the kind of sweep, in experiments/results)",
+    )
     return parser.parse_known_args(argv)
 
 
 def plan(a, rest):
-    """(settings, runs, folder of the runs, results) of a command, all checked before anything is written. Raises ValueError for what cannot be."""
-    variants, sizes = a.variants.split(","), a.sizes.split(",") if a.sizes else [None]
-    for variant in variants:
-        name, at, cached = variant.partition("@")
-        if name not in VARIANTS or bool(at) != cached.isdecimal():
-            raise ValueError(f"no variant {variant}: choose from {', '.join(VARIANTS)}, with @n behind it for n cached heads")
+    """(settings, runs, folder of the runs, results) of a command, checked before anything is written, or ValueError."""
+    names, sizes = a.variants.split(","), a.sizes.split(",") if a.sizes else [None]
     if not 1 <= a.seeds <= 24 or a.jobs < 1:
         raise ValueError(f"seeds must be from 1 to 24 and jobs at least 1, not {a.seeds} and {a.jobs}")
     if not a.tolerance >= 0 or not 0 <= a.extrapolate_to < math.inf:
@@ -678,36 +717,43 @@ def plan(a, rest):
         raise ValueError("choose_rates needs several --learning_rates to choose from, and no --rates_from")
     if a.rates_from and a.learning_rates:
         raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
-    _, given = parse_options(train.Options, rest, train.PRESETS)
-    ours = {"attention", "head_norm", "seed", "resume", "overwrite"} | {"n_kv_head" for variant in variants if "@" in variant}
-    ours |= {option.removeprefix("--") for size in sizes for option in size_options(size)[::2]}
-    ours |= {"learning_rate"} if a.learning_rates or a.rates_from else set()
-    if clash := sorted(given & (ours | ({"schedule"} if a.choose_rates else set()))):
-        raise ValueError(f"{', '.join(clash)} is what this sweep sets itself: leave it out")
+    settings = [Setting(name, rate, size) for size in sizes for name in names for rate in rates]
     if a.rates_from:
         own = read_rates(ROOT / a.rates_from)
-        missing = [Setting(variant, None, size).name for size in sizes for variant in variants if not own.get((size, variant))]
-        if missing:
-            raise ValueError(f"{a.rates_from} has no stable rate for {', '.join(missing)}: leave it out, or choose again from smaller rates")
-        settings = [Setting(variant, own[size, variant], size) for size in sizes for variant in variants]
-    else:
-        settings = [Setting(variant, rate, size) for size in sizes for variant in variants for rate in rates]
+        settings = [Setting(s.variant, own.get((s.size, s.variant)), s.size) for s in settings]
+        if missing := [s.name for s in settings if not s.learning_rate]:
+            raise ValueError(
+                f"{a.rates_from} has no stable rate for {', '.join(missing)}: leave it out, or choose again from "
+                "smaller rates"
+            )
+    ours = {word.removeprefix("--") for s in settings for word in s.options(0) if word.startswith("--")}
+    ours |= {"head_norm", "resume", "overwrite"} | ({"schedule"} if a.choose_rates else set())
+    _, given = parse_options(train.Options, rest, train.PRESETS)
+    if clash := sorted(given & ours):
+        raise ValueError(f"{', '.join(clash)} is what this sweep sets itself: leave it out")
     rest = [*rest, *(["--schedule", "constant"] if a.choose_rates else [])]
     if a.jobs > 1 and "threads" not in given:
         rest += ["--threads", str(max(1, os.cpu_count() // a.jobs))]
     root = ROOT / (a.out_dir or ("out/rates" if a.choose_rates else "out/sweep"))
-    runs = [planned(setting, seed, root, rest) for seed in range(a.seeds) for setting in settings]
-    short = [run for run in runs if a.choose_rates and run.steps - run.warmup_steps < 10]
-    if short:
-        raise ValueError(f"choose_rates fits what comes after the warm-up: {short[0].steps} steps with {short[0].warmup_steps} of warm-up are too few")
-    name = "rates" if a.choose_rates else "own_rates" if a.rates_from else "learning_rates" if a.learning_rates else "losses"
+    runs = [
+        plan_run(s.folders(root, a.seeds)[seed], s.options(seed) + rest) for seed in range(a.seeds) for s in settings
+    ]
+    for run in runs:
+        if a.choose_rates and run.steps - run.warmup_steps < 10:
+            raise ValueError(
+                f"choose_rates fits what comes after the warm-up: {run.steps} steps with {run.warmup_steps} of warm-up "
+                "are too few"
+            )
+    kinds = dict(rates=a.choose_rates, own_rates=a.rates_from, learning_rates=a.learning_rates, losses=True)
+    name = next(kind for kind, given in kinds.items() if given)
     return settings, runs, root, ROOT / (a.results or f"experiments/results/{name}")
 
 
 def write(results, command, text, **content):
     results.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()} CPU, Python {platform.python_version()}"
-    results.with_suffix(".json").write_text(json.dumps(dict(command=command, machine=machine, **content), indent=2) + "\n")
+    content = dict(command=command, machine=machine, **content)
+    results.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     results.with_suffix(".md").write_text(f"`{command}` ({machine})\n\n{text}\n")
 
 
@@ -717,14 +763,15 @@ def main(argv=None):
     try:
         settings, runs, root, results = plan(a, rest)
     except ValueError as error:
-        gpt.fail(error)
+        fail(error)
     command = " ".join(["python experiments/sweep.py", *argv])
 
     def tabulate():
         table = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
         if a.choose_rates:
             rows, choices, laws = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
-            write(results, command, rates_markdown(rows, choices, laws), tolerance=a.tolerance, choices=choices, laws=laws, rows=rows)
+            content = dict(tolerance=a.tolerance, choices=choices, laws=laws, rows=rows)
+            write(results, command, rates_markdown(rows, choices, laws), **content)
         else:
             write(results, command, markdown(table), table=table)
         return table
@@ -733,8 +780,9 @@ def main(argv=None):
         print("\nstopped: the same command goes on", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, stop) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores one
+    stopping = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    stopping = {number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores one
+    handlers = {number: signal.signal(number, stop) for number in stopping}
     try:
         run_all(runs, a.jobs, tabulate, a.snapshots)
     finally:
@@ -745,4 +793,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
