@@ -48,16 +48,32 @@ KERNELS = ["auto", "triton", "sdpa", "reference"]
 # Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for
 # GPUs, with a larger corpus: see the README.
 TRAINING = {
-    "tiny": dict(max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
-    "small": dict(max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64),
+    "tiny": dict(
+        batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16
+    ),
+    "small": dict(
+        batch_size=8, max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64
+    ),
     "base": dict(
-        max_steps=20000, warmup_steps=700, learning_rate=1e-3, eval_every=250, save_every=500, eval_windows=512
-    )
-    | dict(batch_size=16, grad_accum=30),
+        batch_size=16,
+        grad_accum=30,
+        max_steps=20000,
+        warmup_steps=700,
+        learning_rate=1e-3,
+        eval_every=250,
+        save_every=500,
+        eval_windows=512,
+    ),
     "1b": dict(
-        max_steps=100000, warmup_steps=1000, learning_rate=1e-3, eval_every=500, save_every=500, eval_windows=512
-    )
-    | dict(batch_size=8, grad_accum=64),
+        batch_size=8,
+        grad_accum=64,
+        max_steps=100000,
+        warmup_steps=1000,
+        learning_rate=1e-3,
+        eval_every=500,
+        save_every=500,
+        eval_windows=512,
+    ),
 }
 PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
 

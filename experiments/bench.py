@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels
 import train
+from options import autocast, choose_device, choose_dtype
 from kernels import compose_heads, head_norm, mea_attention, mea_decode
 from model import GPT, PRESETS, GPTConfig, KVCache
 
@@ -317,7 +318,7 @@ def bench_training(device, dtype, nanogpt=None, rounds=15):
     def job(model, optimizer):
         def step():
             began = time.perf_counter()
-            with train.autocast(device, dtype):
+            with autocast(device, dtype):
                 loss = model(x[:, :-1], x[:, 1:].contiguous())[1]
             loss.item()  # waits for a GPU
             forward = time.perf_counter()
@@ -509,8 +510,8 @@ def main():
         if arguments.threads < 1:
             parser.error(f"--threads must be at least 1, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    device = train.choose_device()
-    dtype = train.choose_dtype(arguments.dtype, device)
+    device = choose_device()
+    dtype = choose_dtype(arguments.dtype, device)
     if arguments.nanogpt and "training" not in chosen:
         parser.error("--nanogpt is measured by --training: give that too")
     if arguments.nanogpt and not (device.type == "cpu" and (Path(arguments.nanogpt) / "model.py").is_file()):

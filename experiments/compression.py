@@ -90,7 +90,7 @@ def pretrained(arguments):
 
     from compress import choose_ranks, compress, probe
     from data.dataset import WindowSampler, open_dataset, validation_windows
-    from model import GPT
+    from checkpoint import from_pretrained
     from train import evaluate
 
     torch.set_num_threads(arguments.threads)
@@ -100,7 +100,7 @@ def pretrained(arguments):
     tokens = torch.from_numpy(WindowSampler(alike.train, T, 0).batch(0, arguments.calibration_windows)[0])
     texts = [validation_windows(data.val, T, arguments.eval_windows) for data in (alike, other)]
     losses = lambda model: [evaluate(model, windows, 2, cpu, torch.float32) for windows in texts]
-    load = lambda: GPT.from_pretrained(arguments.pretrained, block_size=T)
+    load = lambda: from_pretrained(arguments.pretrained, block_size=T)
     if rows.missing("original"):
         rows.add("original", losses(load()))
     for budget in ("all", "middle"):

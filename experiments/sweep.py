@@ -58,7 +58,8 @@ import torch
 
 import train
 from attention import ATTENTION
-from model import GPT, GPTConfig, load_checkpoint
+from checkpoint import load_checkpoint
+from model import GPT, GPTConfig, build_config
 
 DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
 
@@ -184,9 +185,7 @@ def diverged(folder):
 def plan_run(folder, options):
     """The Run of a folder. Raises ValueError for options that train.py would refuse, or a folder with another run."""
     o, _ = parse_options(train.Options, options, train.PRESETS)
-    train.check_options(o)
-    shape = {name: getattr(o, name) for name in GPTConfig.__dataclass_fields__ if getattr(o, name, None) is not None}
-    config = GPTConfig(**{"vocab_size": 256, **shape})
+    config = build_config(o)
     saved = read_config(folder, "options")
     for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
         if saved[name] != getattr(o, name):

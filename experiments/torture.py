@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import model as gpt
+from checkpoint import load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training process, with a fault built in where it must strike at an exact place: train.py itself knows nothing of this
@@ -116,7 +117,7 @@ def wait_for_step(process, folder, step):
 
 def saved_step(folder):
     try:
-        return gpt.load_checkpoint(folder)[1]["step"]
+        return load_checkpoint(folder)[1]["step"]
     except FileNotFoundError:
         return 0
 
@@ -128,7 +129,7 @@ def metrics(folder):
 
 def differences(a, b):
     """What of two run folders is not bit for bit the same: a list of names, empty where nothing differs."""
-    (_, first), (_, second) = gpt.load_checkpoint(a), gpt.load_checkpoint(b)
+    (_, first), (_, second) = load_checkpoint(a), load_checkpoint(b)
     found = [name for name in first["model"] if not torch.equal(first["model"][name], second["model"][name])]
     moments, others = first["optimizer"]["state"], second["optimizer"]["state"]
     found += [f"moment {name} of {i}" for i in moments for name in moments[i] if not torch.equal(moments[i][name], others[i][name])]
@@ -283,7 +284,7 @@ def damaged_checkpoint(work, options, undisturbed, rng):
     def caught(content):
         path.write_bytes(content)
         try:
-            gpt.load_checkpoint(folder)
+            load_checkpoint(folder)
         except ValueError as error:
             return "damaged" in str(error) and previous in str(error)
         return False

@@ -35,10 +35,15 @@ class DropoutInEval(HeadGated):
 
 
 class KeysNotRotated(HeadGated):
-    def normed_heads(self, x, q, k, v, positions):
-        cos, sin = generic.ROPE
-        turned_back = apply_rope(k.transpose(1, 2), (cos[: k.size(2)], -sin[: k.size(2)])).transpose(1, 2)
-        return super().normed_heads(x, q, turned_back, v, positions)
+    def forward(self, x, rope, cache=None):
+        self.rope = rope
+        return super().forward(x, rope, cache)
+
+    def attend(self, x, q, k, v, positions):
+        cos, sin = self.rope
+        if len(cos) == k.size(2):
+            k = apply_rope(k.transpose(1, 2), (cos, -sin)).transpose(1, 2)
+        return super().attend(x, q, k, v, positions)
 
 
 CHECKS = {
