@@ -30,7 +30,7 @@ from options import fail, option, parse_options, run_program  # before torch
 import torch
 
 import train
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training process, with a fault built in where it must strike at an exact place; train.py itself knows nothing of it
