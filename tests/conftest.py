@@ -15,6 +15,7 @@ from gated import HeadGated
 
 from attention import ATTENTION
 from data.prepare import prepare
+from train import main as train_main
 
 torch.set_num_threads(1)
 ATTENTION["gated"] = HeadGated  # every generic test takes its variants from here
@@ -28,3 +29,12 @@ def data(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(words))
     prepare(source=str(folder / "text.txt"), tokenizer="byte", out_dir=folder / "set")
     return str(folder / "set")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """A finished run of 60 steps that tests may read but not change."""
+    folder = tmp_path_factory.mktemp("trained") / "r"
+    how = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--max_steps", "60"]
+    train_main([*how, "--data_dir", data, "--out_dir", str(folder)])
+    return folder

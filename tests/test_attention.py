@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import attention as attention_file
-from attention import ATTENTION, DFA, MEA, MHA, HeadNorm, TalkingHeads, apply_rope, causal_attention, compose_heads, rms_norm, rope_table
+from attention import (
+    ATTENTION,
+    DFA,
+    MEA,
+    MHA,
+    HeadNorm,
+    TalkingHeads,
+    apply_rope,
+    causal_attention,
+    compose_heads,
+    rms_norm,
+    rope_table,
+)
 from model import GPTConfig, KVCache
 
 # odd sizes on purpose: batch 3, 17 positions, heads 6 wide
@@ -15,7 +27,8 @@ ROPE = rope_table(64, D)
 
 
 def make(attention, *, seed=0, n_kv_head=None, scramble=True, **fields):
-    """A layer in float64 whose parameters, norms and mixes included, are all random: nothing cancels by being 0 or 1."""
+    """A layer in float64 whose parameters, norms and mixes included, are all random: nothing cancels by being 0 or 1.
+    """
     torch.manual_seed(seed)
     fields = {"vocab_size": 11, "block_size": 64, "n_layer": 1, "n_head": H, "n_embd": C, **fields}
     layer = ATTENTION[attention](GPTConfig(attention=attention, n_kv_head=n_kv_head, **fields), 0).double()
@@ -26,7 +39,9 @@ def make(attention, *, seed=0, n_kv_head=None, scramble=True, **fields):
 
 
 def inputs(seed=1, batch=B, length=T):
-    return torch.randn(batch, length, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    return torch.randn(
+        batch, length, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True
+    )
 
 
 def rope(start, stop):
@@ -44,7 +59,9 @@ def assert_same_function(first, second, shared, x):
         leaf = x.detach().clone().requires_grad_()
         y = layer(leaf, rope(0, x.size(1)))
         weights = [leaf] + [layer.get_parameter(name) for name in shared]
-        gradients.append(torch.autograd.grad((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum(), weights))
+        gradients.append(
+            torch.autograd.grad((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum(), weights)
+        )
         outputs.append(y)
     assert_same(*outputs)
     for a, b in zip(*gradients):
@@ -106,7 +123,9 @@ def test_rope_is_the_half_rotation_of_llama():
     y = apply_rope(x, rope(0, 5))
     for t in range(5):
         for i in range(D // 2):
-            turn = torch.polar(torch.ones((), dtype=torch.float64), torch.tensor(t * 10000.0 ** (-2 * i / D), dtype=torch.float64))
+            turn = torch.polar(
+                torch.ones((), dtype=torch.float64), torch.tensor(t * 10000.0 ** (-2 * i / D), dtype=torch.float64)
+            )
             pair = torch.complex(x[0, t, 0, i], x[0, t, 0, i + D // 2]) * turn
             assert_same(torch.stack((y[0, t, 0, i], y[0, t, 0, i + D // 2])), torch.stack((pair.real, pair.imag)), 1e-6)
 
@@ -122,7 +141,8 @@ def test_composition_is_the_formula():
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_three_forms_of_mea_agree(heads, norm, bias):
     composed, *others = (
-        make("mea", n_kv_head=heads, head_norm=norm, attention_bias=bias, mea_form=form) for form in ("compose", "fold", "absorb", "auto")
+        make("mea", n_kv_head=heads, head_norm=norm, attention_bias=bias, mea_form=form)
+        for form in ("compose", "fold", "absorb", "auto")
     )
     names = [name for name, _ in composed.named_parameters()]
     for other in others:
@@ -273,7 +293,10 @@ def test_rms_norm_and_its_gradients():
         with torch.no_grad():
             torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight), rtol=1e-6, atol=1e-6)
         grad = torch.randn_like(x)
-        for mine, theirs in zip(torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), grad), torch.autograd.grad(plain(x, weight), (x, weight), grad)):
+        for mine, theirs in zip(
+            torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), grad),
+            torch.autograd.grad(plain(x, weight), (x, weight), grad),
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -310,7 +333,9 @@ def test_talking_heads_memory_is_linear_in_the_sequence():
 
     with Watch():
         layer(inputs(length=length), rope(0, length)).sum().backward()
-    assert largest <= B * H * layer.block * length  # a block of queries against all keys; a whole map has 64/8 times as many
+    assert (
+        largest <= B * H * layer.block * length
+    )  # a block of queries against all keys; a whole map has 64/8 times as many
 
 
 # --- Causality, caching, dropout, precision
@@ -336,14 +361,18 @@ def test_only_distances_between_positions_matter(attention):
     assert not torch.allclose(layer(x, stretched), whole, atol=1e-3)
 
 
-CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)] + [("mea", norm, n) for norm in (False, True) for n in (1, 3)]
+CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)] + [
+    ("mea", norm, n) for norm in (False, True) for n in (1, 3)
+]
 
 
 @pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
 @pytest.mark.parametrize("chunks", [[T], [9, 8], [1, 5, 11], [1] * T], ids=["one", "two", "three", "one by one"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_cached_equals_uncached(attention, norm, n_kv_head, chunks, batch):
-    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head)
+    config = GPTConfig(
+        vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head
+    )
     layer, x = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(batch=batch)
     assert_same(torch.cat(list(in_chunks(layer, config, x, chunks)), dim=1), layer(x, rope(0, T)))
 
@@ -369,7 +398,9 @@ def in_chunks(layer, config, x, chunks):
 @pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
 def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
     """Rows hold 3, 9 and 6 real positions; each then gets 2 more and must see only its own."""
-    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head)
+    config = GPTConfig(
+        vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head
+    )
     layer, x, lengths = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(), [3, 9, 6]
     cache = KVCache(config, B, T, torch.float64)
     layer(x[:, :9], rope(0, 9), cache.layers[0])  # rows 0 and 2 are padded, with garbage
@@ -384,7 +415,8 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
 def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
-    """What a GPU runs, on the path that kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
+    """What a GPU runs, on the path that kernels.py takes here: without a cache, prefilling, and decoding ragged rows.
+    """
     config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=n_kv_head)
     plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
     fused.kernel, calls = "sdpa", []
@@ -442,7 +474,9 @@ def test_bfloat16_autocast_stays_close(attention, norm):
 
 @pytest.mark.parametrize("attention", ["mha", "dfa", "mea"])
 def test_no_attention_map_is_ever_written(attention):
-    """MHA, DFA and MEA go through fused kernels: nothing as large as B x H x T x T is allocated, DFA's wide values included."""
+    """MHA, DFA and MEA go through fused kernels: nothing as large as B x H x T x T is allocated, DFA's wide values
+    included.
+    """
     config = GPTConfig(vocab_size=11, block_size=256, n_layer=1, n_head=4, n_embd=64, attention=attention)
     layer = ATTENTION[attention](config)
     x = torch.randn(2, 256, 64)
@@ -455,7 +489,13 @@ def test_no_attention_map_is_ever_written(attention):
 
 
 def test_variants_refuse_head_counts_they_cannot_have():
-    for attention, n_kv_head, n_head, words in (("mha", 3, 4, "divide"), ("tha", 3, 4, "divide"), ("dfa", 3, 3, "even"), ("dfa", 1, 4, "even"), ("mea", 5, 4, "between")):
+    for attention, n_kv_head, n_head, words in (
+        ("mha", 3, 4, "divide"),
+        ("tha", 3, 4, "divide"),
+        ("dfa", 3, 3, "even"),
+        ("dfa", 1, 4, "even"),
+        ("mea", 5, 4, "between"),
+    ):
         with pytest.raises(ValueError, match=words):
             GPTConfig(vocab_size=11, n_head=n_head, n_embd=8 * n_head, attention=attention, n_kv_head=n_kv_head)
 
@@ -474,4 +514,6 @@ def test_only_the_norm_and_the_composition_add_parameters():
 
 def test_causal_attention_of_grouped_queries():
     q, k, v = torch.randn(B, 4, T, D), torch.randn(B, 2, T, D), torch.randn(B, 2, T, D)
-    assert_same(causal_attention(q, k, v), causal_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)), 1e-5)
+    assert_same(
+        causal_attention(q, k, v), causal_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)), 1e-5
+    )

@@ -1,4 +1,6 @@
-"""Compression: what is exact, what alignment is for, that the cache shrinks by what is reported, and that bad input is refused."""
+"""Compression: what is exact, what alignment is for, that the cache shrinks by what is reported, and that bad input is
+refused.
+"""
 
 import itertools
 import json
@@ -10,9 +12,22 @@ import compress as program
 import train
 from attention import apply_rope, rope_table
 from compress import (
-    METHODS, allocate, approximate, choose_ranks, compress, compress_layer, effective_heads, fit_any_maps, key_blocks, probe, refit_output, second_moments, align_by_rotation,
-    uniform_ranks, value_blocks,
-)  # fmt: skip
+    METHODS,
+    allocate,
+    approximate,
+    choose_ranks,
+    compress,
+    compress_layer,
+    effective_heads,
+    fit_any_maps,
+    key_blocks,
+    probe,
+    refit_output,
+    second_moments,
+    align_by_rotation,
+    uniform_ranks,
+    value_blocks,
+)
 from data.dataset import WindowSampler, open_dataset
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig, KVCache
@@ -54,7 +69,7 @@ def phases(seed):
     return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)), 0)
 
 
-# ---- the approximation ------------------------------------------------------------------------------------------------------
+# --- the approximation
 
 
 @pytest.mark.parametrize("maps", ["none", "rotations", "any"])
@@ -92,8 +107,14 @@ def test_heads_that_differ_by_a_rotation_need_one_component_once_they_are_aligne
 
 @pytest.mark.parametrize("kind", "kv")
 def test_heads_that_differ_by_any_free_map_need_one_component(kind):
-    """A value head by an invertible matrix, a key head by a size and an angle at every frequency: more than rotations undo."""
-    free = [random_heads(1, seed, D)[0] for seed in range(4)] if kind == "v" else [phases(seed) @ torch.diag(torch.rand(D // 2).repeat(2).double() + 0.2) for seed in range(4)]
+    """A value head by an invertible matrix, a key head by a size and an angle at every frequency: more than rotations
+    undo.
+    """
+    free = (
+        [random_heads(1, seed, D)[0] for seed in range(4)]
+        if kind == "v"
+        else [phases(seed) @ torch.diag(torch.rand(D // 2).repeat(2).double() + 0.2) for seed in range(4)]
+    )
     weight = torch.stack([matrix @ random_heads(1, 9)[0] for matrix in free])
     assert approximate(weight, 1, kind, "rotations")[3][-1] > 1e-3
     assert approximate(weight, 1, kind, "any")[3][-1] < 1e-6
@@ -110,7 +131,8 @@ def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
 
 
 def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_frequency():
-    """For n -> n-1 complex numbers per head and frequency lose nothing to a truncated SVD of each frequency by itself."""
+    """For n -> n-1 complex numbers per head and frequency lose nothing to a truncated SVD of each frequency by itself.
+    """
     heads = key_blocks(random_heads(3, seed=4, columns=40))
     best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
     w, turn, _ = align_by_rotation(heads, 2)
@@ -120,7 +142,9 @@ def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_freque
 def test_the_truncated_svd_is_the_best_of_its_kind():
     heads = value_blocks(random_heads(5))
     singular = torch.linalg.svdvals(heads.flatten(1))
-    assert align_by_rotation(heads, 3, rounds=0)[2][-1] == pytest.approx((singular[3:].square().sum() / singular.square().sum()).item())
+    assert align_by_rotation(heads, 3, rounds=0)[2][-1] == pytest.approx(
+        (singular[3:].square().sum() / singular.square().sum()).item()
+    )
 
 
 @pytest.mark.parametrize("maps", ["none", "rotations", "any"])
@@ -129,7 +153,11 @@ def test_the_reported_error_is_what_is_missing_at_the_end(kind, maps):
     weight = random_heads(5, seed=3)
     w, turn, parts, errors = approximate(weight, 3, kind, maps)
     missed = (weight - rebuilt(w, turn, parts)).square().sum() / weight.square().sum()
-    assert missed.item() <= errors[-1] * (1 + 1e-9) and errors[-1] == pytest.approx(missed.item(), rel=1e-3) and (len(errors) == 1) == (maps == "none")
+    assert (
+        missed.item() <= errors[-1] * (1 + 1e-9)
+        and errors[-1] == pytest.approx(missed.item(), rel=1e-3)
+        and (len(errors) == 1) == (maps == "none")
+    )
 
 
 def test_a_keys_map_commutes_with_rope():
@@ -138,7 +166,7 @@ def test_a_keys_map_commutes_with_rope():
     torch.testing.assert_close(apply_rope(x @ turn.T, rope), apply_rope(x, rope) @ turn.T)
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------------
+# --- models
 
 SOURCES = {
     "mha": dict(attention="mha"),
@@ -165,10 +193,15 @@ def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(sour
     generator = torch.Generator().manual_seed(8)
     for block in model.layers:
         a = block.self_attn
+        mixture = None
         for name in ("k_proj", "v_proj"):
             for parameter in getattr(a, name).parameters():
                 heads = parameter.data.double().view(-1, D, *parameter.shape[1:])
-                mixture = torch.randn(len(heads), 2, generator=generator, dtype=torch.float64) if parameter.dim() == 2 else mixture
+                mixture = (
+                    torch.randn(len(heads), 2, generator=generator, dtype=torch.float64)
+                    if parameter.dim() == 2
+                    else mixture
+                )
                 heads[:] = torch.einsum("hc,c...->h...", mixture, heads[:2])
                 parameter.data.copy_(heads.view_as(parameter))
     assert change(model, [(2, 2)] * 2, method, tokens(2, 24))[0] < 2e-5
@@ -177,7 +210,10 @@ def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(sour
 
 @pytest.mark.parametrize("source", ["mha", "gqa", "biases", "mea, no norm", "mha + norm", "mea"])
 def test_heads_that_are_turned_copies_of_one_are_compressed_to_one_without_a_change(source):
-    """The maps really are undone: for keys in the queries, for values in W^O, behind a norm and its gain, with biases and groups."""
+    """The maps really are undone: for keys in the queries, for values in W^O, behind a norm and its gain, with biases
+    and groups.
+    """
+
     def turned():
         model = make(**SOURCES[source])
         for block in model.layers:
@@ -187,7 +223,9 @@ def test_heads_that_are_turned_copies_of_one_are_compressed_to_one_without_a_cha
             for name, turn in (("k_proj", phases), ("v_proj", rotation)):
                 for parameter in getattr(a, name).parameters():
                     heads = parameter.data.double().view(-1, D, *parameter.shape[1:])
-                    copies = torch.stack([torch.einsum("ab,b...->a...", turn(seed), heads[0]) for seed in range(len(heads))])
+                    copies = torch.stack(
+                        [torch.einsum("ab,b...->a...", turn(seed), heads[0]) for seed in range(len(heads))]
+                    )
                     parameter.data.copy_(copies.view_as(parameter))
         return model
 
@@ -220,7 +258,10 @@ def test_keys_behind_a_qk_norm_stay_and_values_are_compressed():
     assert uniform_ranks(GPTConfig(**BASE, **fields), 0.75) == [(4, 2)] * 2
     with pytest.raises(ValueError, match="QK-norm stay.*0.625, 0.75, 0.875, 1 are possible"):
         uniform_ranks(GPTConfig(**BASE, **fields), 0.5)
-    assert change(make(**fields), [(4, 2)] * 2, "aligned", tokens(4, 24, seed=3))[0] < change(make(**fields), [(4, 2)] * 2, "svd", tokens(4, 24, seed=3))[0]
+    assert (
+        change(make(**fields), [(4, 2)] * 2, "aligned", tokens(4, 24, seed=3))[0]
+        < change(make(**fields), [(4, 2)] * 2, "svd", tokens(4, 24, seed=3))[0]
+    )
     costs = probe(make(**fields), "aligned", tokens(2, 24), (tokens(2, 24).numpy(), tokens(2, 24).numpy()))
     assert all(keys == 4 for keys, _ in choose_ranks(GPTConfig(**BASE, **fields), 0.75, "probe", costs))
 
@@ -249,7 +290,9 @@ def test_the_moments_are_of_keys_of_queries_and_of_values_as_attention_averages_
     distinct = k[:, :, order].flatten(2)
     torch.testing.assert_close(moments["k"], torch.einsum("btm,btn->mn", distinct, distinct) / 72, rtol=1e-5, atol=1e-5)
     energy = (q[..., : D // 2].square() + q[..., D // 2 :].square()).mean((0, 1))  # (H, D/2)
-    torch.testing.assert_close(moments["q"], torch.stack((energy[:2].sum(0), energy[2:].sum(0)))[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        moments["q"], torch.stack((energy[:2].sum(0), energy[2:].sum(0)))[order], rtol=1e-5, atol=1e-5
+    )
     turned = lambda y: apply_rope(y.float(), rope).double()
     scores = torch.einsum("bthd,bshd->bhts", turned(q), turned(k).repeat_interleave(2, 2)) / D**0.5
     maps = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)  # (B, H, T, S)
@@ -261,13 +304,21 @@ def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
     model = make(attention="mha")
     rope, x = rope_table(4, D, model.config.rope_theta), torch.randn(1, 4, C)
     attn = model.layers[0].self_attn
-    smaller, errors = compress_layer(attn, GPTConfig(**{**BASE, "attention": "mea", "head_norm": False, "n_kv_head": [[2, 2]] * 2}), 0, "rotated", rope=rope)
+    smaller, errors = compress_layer(
+        attn,
+        GPTConfig(**{**BASE, "attention": "mea", "head_norm": False, "n_kv_head": [[2, 2]] * 2}),
+        0,
+        "rotated",
+        rope=rope,
+    )
     for kind in "kv":
         assert errors[kind] == approximate(effective_heads(attn, kind)[0], 2, kind, "rotations")[3][-1]
     before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
     refit_output(smaller, attn, [x], rope)
     after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
-    assert after[0] < 0.2 * before[0] and after[1] < 2 * before[1]  # and what the four positions do not show hardly moves
+    assert (
+        after[0] < 0.2 * before[0] and after[1] < 2 * before[1]
+    )  # and what the four positions do not show hardly moves
 
 
 def test_equal_heads_are_found_once():
@@ -278,7 +329,7 @@ def test_equal_heads_are_found_once():
     assert len(heads) == 2
 
 
-# ---- budgets ----------------------------------------------------------------------------------------------------------------
+# --- budgets
 
 
 def test_budgets_are_the_papers_and_a_ratio_must_be_a_number_of_heads():
@@ -296,7 +347,11 @@ def test_budgets_are_the_papers_and_a_ratio_must_be_a_number_of_heads():
 
 def test_allocation_is_the_cheapest_of_all():
     generator = torch.Generator().manual_seed(0)
-    costs = {(layer, kind): sorted(torch.rand(3, generator=generator).tolist(), reverse=True) for layer in range(2) for kind in "kv"}
+    costs = {
+        (layer, kind): sorted(torch.rand(3, generator=generator).tolist(), reverse=True)
+        for layer in range(2)
+        for kind in "kv"
+    }
     for heads in range(4, 13):
         every = [ranks for ranks in itertools.product((1, 2, 3), repeat=4) if sum(ranks) == heads]
         price = lambda ranks: sum(cost[rank - 1] for cost, rank in zip(costs.values(), ranks))
@@ -310,7 +365,9 @@ def test_a_probe_measures_what_compressing_one_layer_costs():
     calibration, before = tokens(4, 24, seed=3), {name: w.clone() for name, w in model.state_dict().items()}
     assert probe(model, "svd", None, windows)[1, "v"][0] != 0.0  # without data, too
     costs = probe(model, "aligned", calibration, windows)
-    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items()) and model.config.attention == "mha"
+    assert (
+        all(torch.equal(w, before[name]) for name, w in model.state_dict().items()) and model.config.attention == "mha"
+    )
     base = model(x, y)[1].item()
     for layer, kind, rank in ((0, "k", 1), (1, "v", 2)):
         one = make(attention="mha")
@@ -321,15 +378,27 @@ def test_a_probe_measures_what_compressing_one_layer_costs():
         assert costs[layer, kind][3] == 0.0
 
 
-# ---- the program ------------------------------------------------------------------------------------------------------------
+# --- the program
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("trained")
     for attention in ("mha", "dfa"):
-        train.main([f"--{name}={value}" for name, value in dict(
-            preset="tiny", attention=attention, data_dir=data, out_dir=folder / attention, max_steps=40, dtype="float32", threads=1).items()])  # fmt: skip
+        train.main(
+            [
+                f"--{name}={value}"
+                for name, value in dict(
+                    preset="tiny",
+                    attention=attention,
+                    data_dir=data,
+                    out_dir=folder / attention,
+                    max_steps=40,
+                    dtype="float32",
+                    threads=1,
+                ).items()
+            ]
+        )
     return folder
 
 
@@ -342,7 +411,21 @@ def run(*options):
 
 def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
     out = tmp_path / "half"
-    run("--checkpoint", trained / "mha", "--out_dir", out, "--budget", "probe", "--curve", "1.0,0.5,0.25", "--heal_steps", 3, "--continue_original", "--rows", 2)
+    run(
+        "--checkpoint",
+        trained / "mha",
+        "--out_dir",
+        out,
+        "--budget",
+        "probe",
+        "--curve",
+        "1.0,0.5,0.25",
+        "--heal_steps",
+        3,
+        "--continue_original",
+        "--rows",
+        2,
+    )
     printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
     model, state = load_checkpoint(out)
     assert report["kv_bytes_per_token"]["after"] * 2 == report["kv_bytes_per_token"]["before"] == 2 * 2 * 32 * 4
@@ -350,7 +433,9 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
     assert cache.nbytes == report["cache"]["bytes"]["after"] and report["kv_ratio"] == 0.5
     assert report["ranks"] == model.config.n_kv_head and sum(map(sum, report["ranks"])) == 8
     assert report["loss"].keys() == {"before", "after", "healed", "continued"} == report["bpb"].keys()
-    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25] and (out / "report.png").stat().st_size > 10_000
+    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25] and (
+        out / "report.png"
+    ).stat().st_size > 10_000
     assert report["curve"][0]["loss"] == pytest.approx(report["loss"]["before"], abs=1e-4)
     assert report["curve"][1]["loss"] == pytest.approx(report["loss"]["after"], abs=1e-5)
     assert "cached bytes per token" in printed and len(report["errors"]) == 2
@@ -360,10 +445,28 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
     import sample
 
     for extra in ([], ["--no_cache"]):
-        sample.main(["--checkpoint", str(out), "--prompt", "head", "--temperature", "0", "--max_new_tokens", "40", *extra])
+        sample.main(
+            ["--checkpoint", str(out), "--prompt", "head", "--temperature", "0", "--max_new_tokens", "40", *extra]
+        )
     cached, uncached = capsys.readouterr().out.splitlines()
     assert cached == uncached and cached.startswith("head")
-    run("--checkpoint", out, "--out_dir", tmp_path / "again", "--context", 3, "--kv_ratio", 0.5, "--budget", "probe", "--heal_steps", 2, "--distill", "--heal_params", "compose")
+    run(
+        "--checkpoint",
+        out,
+        "--out_dir",
+        tmp_path / "again",
+        "--context",
+        3,
+        "--kv_ratio",
+        0.5,
+        "--budget",
+        "probe",
+        "--heal_steps",
+        2,
+        "--distill",
+        "--heal_params",
+        "compose",
+    )
     again, _ = load_checkpoint(tmp_path / "again")
     assert again.config.kv_bytes_per_token() * 2 == model.config.kv_bytes_per_token()
 
@@ -380,7 +483,20 @@ def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, mon
 
     monkeypatch.setattr(program, "probe", look)
     with pytest.raises(Seen):
-        program.main(["--checkpoint", str(trained / "mha"), "--out_dir", str(tmp_path / "o"), "--budget", "probe", "--calibration_windows", "4", "--probe_windows", "3"])
+        program.main(
+            [
+                "--checkpoint",
+                str(trained / "mha"),
+                "--out_dir",
+                str(tmp_path / "o"),
+                "--budget",
+                "probe",
+                "--calibration_windows",
+                "4",
+                "--probe_windows",
+                "3",
+            ]
+        )
 
 
 @pytest.mark.parametrize("chosen,moves", [("compose", "compose_"), ("attention", "self_attn"), ("all", "")])
@@ -389,10 +505,14 @@ def test_healing_moves_only_what_it_may_and_lowers_the_loss(trained, data, chose
     compress(model, [(1, 1)] * 2, "svd")
     before = {name: w.clone() for name, w in model.named_parameters()}
     losses, o = [], program.Options(heal_params=chosen, heal_learning_rate=3e-3, batch_size=4)
-    program.heal(model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, report=lambda _, loss: losses.append(loss))
+    program.heal(
+        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, report=lambda _, loss: losses.append(loss)
+    )
     moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
     assert moved and moved == {name for name in before if moves in name}
-    assert sum(losses[-5:]) < sum(losses[:5]) and all(p.requires_grad for p in model.parameters()) and not model.training
+    assert (
+        sum(losses[-5:]) < sum(losses[:5]) and all(p.requires_grad for p in model.parameters()) and not model.training
+    )
 
 
 def test_distillation_moves_the_model_towards_its_teacher_and_leaves_that_alone(trained, data):
@@ -401,8 +521,12 @@ def test_distillation_moves_the_model_towards_its_teacher_and_leaves_that_alone(
     compress(model, [(1, 1)] * 2, "svd")
     before = {name: w.clone() for name, w in teacher.state_dict().items()}
     losses, o = [], program.Options(heal_learning_rate=3e-3, batch_size=4)
-    program.heal(model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, teacher, lambda _, loss: losses.append(loss))
-    assert losses[-1] < 0.7 * losses[0] and all(torch.equal(w, before[name]) for name, w in teacher.state_dict().items())
+    program.heal(
+        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, teacher, lambda _, loss: losses.append(loss)
+    )
+    assert losses[-1] < 0.7 * losses[0] and all(
+        torch.equal(w, before[name]) for name, w in teacher.state_dict().items()
+    )
 
 
 def refused(capsys, *options):
@@ -443,8 +567,17 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=64))  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=64,
+        )
+    )
     theirs.save_pretrained(tmp_path / "hf")
     assert "give --data_dir" in refused(capsys, "--checkpoint", tmp_path / "hf")
     run("--checkpoint", tmp_path / "hf", "--data_dir", data)
@@ -456,5 +589,12 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     x = torch.randint(257, (2, 30))
     ours, _ = load_checkpoint(trained / "mha")
     with torch.no_grad():
-        torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(x).logits, ours(x)[0], rtol=1e-4, atol=1e-4)
-    assert "only a full set of components" in refused(capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no")
+        torch.testing.assert_close(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(x).logits,
+            ours(x)[0],
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    assert "only a full set of components" in refused(
+        capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no"
+    )

@@ -1,4 +1,6 @@
-"""Kills, locks, damaged and hostile files: a run ends as if nothing had been, or one line says why not. Nothing in a file is executed."""
+"""Kills, locks, damaged and hostile files: a run ends as if nothing had been, or one line says why not. Nothing in a
+file is executed.
+"""
 
 import contextlib
 import copy
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same_run, metrics, refused, run, trained  # noqa: F401 (one of them is a fixture)
+from test_train import assert_same_run, metrics, refused, run
 
 import sample
 import train
@@ -68,7 +70,9 @@ def test_a_run_saved_in_an_older_format_goes_on_bit_for_bit(folder, tmp_path, fo
     state["optimizer"]["state"] = {i: state["optimizer"]["state"][name] for i, name in enumerate(order)}
     for group in state["optimizer"]["param_groups"]:
         group["params"] = [order.index(name) for name in group["params"]]
-    state["config"] = {name: value for name, value in state["config"].items() if name not in ("rope_frequencies", "compose")}
+    state["config"] = {
+        name: value for name, value in state["config"].items() if name not in ("rope_frequencies", "compose")
+    }
     state["config"]["rope_scaling"] = None
     torch.save({**state, "format": format}, folder / "checkpoint.pt")
     for resumed in (folder, tmp_path / "new"):
@@ -80,7 +84,9 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("module,name", [(torch, "save"), (os, "fsync"), (os, "replace")], ids=["save", "fsync", "replace"])
+@pytest.mark.parametrize(
+    "module,name", [(torch, "save"), (os, "fsync"), (os, "replace")], ids=["save", "fsync", "replace"]
+)
 def test_a_kill_at_any_call_of_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, module, name):
     model = GPT(GPTConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=8))
     original = getattr(module, name)
@@ -143,7 +149,8 @@ def contents(folder):
 
 def test_a_second_process_is_refused_while_the_first_lives_and_a_killed_one_leaves_no_lock(folder, data, capsys):
     pytest.importorskip("fcntl")
-    script = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)"
+    script = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)"
+    script += "; print('held', flush=True); time.sleep(600)"
     first = subprocess.Popen([sys.executable, "-c", script, str(folder / "run.lock")], stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     before = contents(folder)
@@ -155,7 +162,9 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_killed_one_leav
     first.wait()
     train.main(["--resume", "--max_steps", "61", "--out_dir", str(folder)])
     assert load_checkpoint(folder)[1]["step"] == 61
-    train.main(["--resume", "--max_steps", "62", "--out_dir", str(folder)])  # the lock went with the run, not with the process
+    train.main(
+        ["--resume", "--max_steps", "62", "--out_dir", str(folder)]
+    )  # the lock went with the run, not with the process
     assert load_checkpoint(folder)[1]["step"] == 62
 
 
@@ -217,8 +226,46 @@ def test_a_clock_that_stands_still_or_runs_backwards_changes_nothing(tmp_path, d
 DEEP = []
 for _ in range(50):
     DEEP = [DEEP]
-HOSTILE = [None, True, False, -1, 0, 1, 2, 7, 2**31, 2**62, -(2**63), 10**12, 10**300, 0.5, -0.0, math.nan, math.inf, -math.inf, 1e308, 1e-320, "", "mea", "cuda:99",
-           "meta", "../../../x", "/etc/passwd", "\0", "x" * 10_000, "\x1b[2J", "\ud800", [], [1], [[1, 1], [2, 2]], {}, {"file": 1}, DEEP]  # fmt: skip
+HOSTILE = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    7,
+    2**31,
+    2**62,
+    -(2**63),
+    10**12,
+    10**300,
+    0.5,
+    -0.0,
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    1e-320,
+    "",
+    "mea",
+    "cuda:99",
+    "meta",
+    "../../../x",
+    "/etc/passwd",
+    "\0",
+    "x" * 10_000,
+    "\x1b[2J",
+    "\ud800",
+    [],
+    [1],
+    [[1, 1], [2, 2]],
+    {},
+    {"file": 1},
+    DEEP,
+]
+
+
 def places(value, path=()):
     """Paths of everything inside nested dicts and lists."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
@@ -318,7 +365,8 @@ def make_hf_tokenizer(folder, data, trained):
     write_json(folder / "tokenizer.json", state)
 
 
-# kind: (file, how a folder with one is made, how its document is read, how one is written, what opens the folder, hostile values)
+# kind: (file, how a folder with one is made, how its document is read, how one is written, what opens the folder,
+# hostile values)
 FILES = {
     "data set": ("meta.json", make_data, None, write_json, open_data, HOSTILE),
     "byte tokenizer": ("tokenizer.json", make_byte_tokenizer, None, write_json, open_tokenizer, HOSTILE),
@@ -331,7 +379,11 @@ FILES = {
 def bounded_memory(more=3 << 30):
     """An allocation beyond what the process has now and `more` fails, and is seen as the wrong exception."""
     resource = pytest.importorskip("resource")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else 0
+    )
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + more, limits[1]))
@@ -342,7 +394,8 @@ def bounded_memory(more=3 << 30):
 
 
 def opens_or_is_refused(opener, folder):
-    """True if `opener` took what is in the folder, False for one of the documented exceptions; any other comes through."""
+    """True if `opener` took what is in the folder, False for one of the documented exceptions; any other comes through.
+    """
     try:
         opener(folder)
         return True
@@ -393,7 +446,7 @@ def test_mutated_bytes_are_refused_or_harmless(tmp_path, data, trained, monkeypa
             mutated = mutate_bytes(whole, rng)
             (folder / name).write_bytes(mutated)
             try:
-                took = opens_or_is_refused(opener, folder)
+                opens_or_is_refused(opener, folder)
             except BaseException as error:
                 raise AssertionError(f"mutation {number}: {type(error).__name__}: {error}") from error
 
@@ -408,10 +461,21 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("call", [
-    Call(os.system, "touch executed"), Call(eval, "open('executed', 'w')"), Call(os.mkdir, "executed"), Call(shutil.rmtree, "run"),
-    Call(torch.load, "executed"), Call(bytearray, 10**12), Call(torch.zeros, 10**12), Call(torch.Tensor, 10**9), Call(getattr, "x", "y"),
-], ids=lambda call: call.call[0].__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(os.system, "touch executed"),
+        Call(eval, "open('executed', 'w')"),
+        Call(os.mkdir, "executed"),
+        Call(shutil.rmtree, "run"),
+        Call(torch.load, "executed"),
+        Call(bytearray, 10**12),
+        Call(torch.zeros, 10**12),
+        Call(torch.Tensor, 10**9),
+        Call(getattr, "x", "y"),
+    ],
+    ids=lambda call: call.call[0].__name__,
+)
 def test_calls_in_a_checkpoint_are_not_made(folder, tmp_path, monkeypatch, capsys, call):
     monkeypatch.chdir(tmp_path)
     state = read_run(folder)
@@ -423,11 +487,31 @@ def test_calls_in_a_checkpoint_are_not_made(folder, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "executed").exists() and folder.exists()
 
 
-@pytest.mark.parametrize("field,value", [
-    ("n_layer", 10**9), ("vocab_size", 10**12), ("block_size", 10**12), ("n_embd", 2**20), ("intermediate_size", 2**20), ("head_dim", 2**20), ("n_head", 2**20),
-    ("n_layer", 2**20), ("vocab_size", 2**20), ("n_layer", True), ("n_layer", 2.0), ("attention", ["mea"]), ("rope_theta", "ten"), ("rope_theta", math.nan),
-    ("norm_eps", -1.0), ("dropout", math.inf), ("head_norm", 1), ("n_kv_head", [[1, 1], [1]]), ("n_kv_head", [["a", 1], [1, 1]]), ("embedding_multiplier", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("n_layer", 10**9),
+        ("vocab_size", 10**12),
+        ("block_size", 10**12),
+        ("n_embd", 2**20),
+        ("intermediate_size", 2**20),
+        ("head_dim", 2**20),
+        ("n_head", 2**20),
+        ("n_layer", 2**20),
+        ("vocab_size", 2**20),
+        ("n_layer", True),
+        ("n_layer", 2.0),
+        ("attention", ["mea"]),
+        ("rope_theta", "ten"),
+        ("rope_theta", math.nan),
+        ("norm_eps", -1.0),
+        ("dropout", math.inf),
+        ("head_norm", 1),
+        ("n_kv_head", [[1, 1], [1]]),
+        ("n_kv_head", [["a", 1], [1, 1]]),
+        ("embedding_multiplier", 0),
+    ],
+)
 def test_a_config_that_no_tensor_bears_out_is_refused_before_anything_is_allocated(folder, capsys, field, value):
     state = read_run(folder)
     state["config"][field] = value

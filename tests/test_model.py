@@ -52,9 +52,15 @@ def test_the_loss_is_float32_under_autocast():
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("tied,distance", [(False, 0.2), (True, 3.0)])
 def test_a_model_starts_near_the_uniform_distribution(attention, tied, distance):
-    """Tied, it first expects each token to repeat. The residual stream starts unit-sized either way: see `init_weights`."""
+    """Tied, it first expects each token to repeat. The residual stream starts unit-sized either way: see
+    `init_weights`.
+    """
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=512, block_size=32, n_layer=4, n_head=4, n_embd=64, attention=attention, tie_embeddings=tied))
+    model = GPT(
+        GPTConfig(
+            vocab_size=512, block_size=32, n_layer=4, n_head=4, n_embd=64, attention=attention, tie_embeddings=tied
+        )
+    )
     x = torch.randint(512, (4, 33))
     assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(512)) < distance
     size = (model.embed_tokens(x) * model.config.embedding_multiplier).square().mean().sqrt().item()
@@ -100,7 +106,9 @@ def test_cache_bytes_are_what_the_config_says(attention, n_kv_head):
     heads = [config.kv_heads(layer) for layer in range(2)]
     assert cache.nbytes == 3 * 20 * sum(n_k + n_v for n_k, n_v in heads) * 6 * 4
     assert cache.nbytes == 3 * 20 * config.kv_bytes_per_token()
-    assert cache.nbytes == sum(layer.k.untyped_storage().nbytes() + layer.v.untyped_storage().nbytes() for layer in cache.layers)
+    assert cache.nbytes == sum(
+        layer.k.untyped_storage().nbytes() + layer.v.untyped_storage().nbytes() for layer in cache.layers
+    )
     assert KVCache(config, 3, 20, torch.bfloat16).nbytes * 2 == cache.nbytes
 
 
@@ -124,7 +132,10 @@ def test_more_positions_than_fit_are_refused():
 
 @pytest.mark.parametrize("attention,n_kv_head", SHAPES)
 def test_greedy_text_is_the_same_without_the_cache_beyond_the_block_size_too(attention, n_kv_head):
-    model, prompts = make(attention=attention, n_kv_head=n_kv_head), [tokens(5).tolist(), tokens(11, seed=2).tolist(), [3]]
+    model, prompts = (
+        make(attention=attention, n_kv_head=n_kv_head),
+        [tokens(5).tolist(), tokens(11, seed=2).tolist(), [3]],
+    )
     cached = model.generate(prompts, 40, temperature=0)
     assert cached == model.generate(prompts, 40, temperature=0, use_cache=False)
     assert [len(new) for new in cached] == [40, 40, 40]
@@ -162,7 +173,9 @@ def test_a_stop_token_ends_its_row_only():
 
 def test_sampling_keeps_what_top_k_and_top_p_say():
     probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    draw = lambda **how: set(sample_token(probabilities.log().repeat(2000, 1), generator=torch.Generator().manual_seed(0), **how).tolist())
+    draw = lambda **how: set(
+        sample_token(probabilities.log().repeat(2000, 1), generator=torch.Generator().manual_seed(0), **how).tolist()
+    )
     assert draw() == {0, 1, 2, 3}
     assert draw(top_k=2) == {0, 1}
     assert draw(top_p=0.5) == {0}
@@ -174,7 +187,9 @@ def test_sampling_keeps_what_top_k_and_top_p_say():
     assert (torch.bincount(drawn) / 20000 - expected).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5), dict(max_new_tokens=-1)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5), dict(max_new_tokens=-1)], ids=str
+)
 def test_senseless_sampling_is_refused(how):
     with pytest.raises(ValueError, match=next(iter(how))):
         make().generate([[1]], **{"max_new_tokens": 2, **how})
@@ -187,7 +202,9 @@ def test_senseless_sampling_is_refused(how):
 
 def test_presets_have_the_sizes_they_are_known_by():
     with torch.device("meta"):
-        count = lambda name, vocab: GPT(GPTConfig(vocab_size=vocab, **{"attention": "mha", **gpt.PRESETS[name]})).n_params()
+        count = lambda name, vocab: GPT(
+            GPTConfig(vocab_size=vocab, **{"attention": "mha", **gpt.PRESETS[name]})
+        ).n_params()
         assert 123e6 < count("base", 50257) < 125e6
         assert count("1b", 128256) == 1235814400 + 128256 * 2048  # LLaMA-3.2-1B, untied
 
@@ -205,7 +222,9 @@ def test_flops_are_those_that_pytorch_counts(attention):
         F.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()).backward()
     per_token = counter.get_total_flops() / 64
     maps = 6 * 32 * 64  # what causality halves: scores and values of one layer
-    extra = {"dfa": maps * 2, "mea": 6 * 8 * 64, "tha": 6 * 32 * 4**2}.get(attention, 0)  # DFA: values 2D wide, and zeros
+    extra = {"dfa": maps * 2, "mea": 6 * 8 * 64, "tha": 6 * 32 * 4**2}.get(
+        attention, 0
+    )  # DFA: values 2D wide, and zeros
     known = {"dfa": 0.5 * maps, "tha": 6 * 32 * 4**2}.get(attention, 0)
     plain = config.flops_per_token() - 2 * (maps + known)
     assert per_token == plain + 2 * (2 * maps + extra + (known if attention == "tha" else 0))
@@ -222,16 +241,19 @@ def test_weight_decay_leaves_vectors_norms_lambdas_and_compositions_alone():
         assert not any("proj.weight" in name for name in spared)
 
 
-@pytest.mark.parametrize("fields,words", [
-    (dict(n_embd=26), "n_embd 26 is not divisible by n_head 4"),
-    (dict(n_embd=20), "even width"),
-    (dict(n_layer=0), "n_layer must be at least 1"),
-    (dict(attention="linear"), "mha, tha, dfa, mea"),
-    (dict(mea_form="fast"), "compose, fold, absorb"),
-    (dict(dropout=1.0), "dropout"),
-    (dict(n_kv_head=5), "between 1 and n_head 4"),
-    (dict(n_kv_head=[[1, 1]]), "lists 1 layers and the model has 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        (dict(n_embd=26), "n_embd 26 is not divisible by n_head 4"),
+        (dict(n_embd=20), "even width"),
+        (dict(n_layer=0), "n_layer must be at least 1"),
+        (dict(attention="linear"), "mha, tha, dfa, mea"),
+        (dict(mea_form="fast"), "compose, fold, absorb"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(n_kv_head=5), "between 1 and n_head 4"),
+        (dict(n_kv_head=[[1, 1]]), "lists 1 layers and the model has 2"),
+    ],
+)
 def test_shapes_that_cannot_be_built_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{**BASE, **fields})
@@ -244,13 +266,25 @@ def test_the_weights_are_llamas(n_kv_head, bias):
     ours = make(attention="mha", n_kv_head=n_kv_head, attention_bias=bias, rope_theta=5000.0)
     c = ours.config
     shape = dict(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, rms_norm_eps=c.norm_eps, tie_word_embeddings=False,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), rope_theta=c.rope_theta, max_position_embeddings=c.block_size,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=n_kv_head,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+        rope_theta=c.rope_theta,
+        max_position_embeddings=c.block_size,
+    )
     kind = ("Qwen2" if bias else "Llama") + "{}"
-    theirs = getattr(transformers, kind.format("ForCausalLM"))(getattr(transformers, kind.format("Config"))(**shape)).eval()
-    theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": w for name, w in ours.state_dict().items()})
+    theirs = getattr(transformers, kind.format("ForCausalLM"))(
+        getattr(transformers, kind.format("Config"))(**shape)
+    ).eval()
+    theirs.load_state_dict(
+        {name if name.startswith("lm_head") else f"model.{name}": w for name, w in ours.state_dict().items()}
+    )
     x = tokens(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=1e-4, atol=1e-4)
@@ -305,7 +339,10 @@ class Evil:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, write in (("zip.pt", lambda f: torch.save({"format": FORMAT, "x": Evil()}, f)), ("raw.pt", lambda f: pickle.dump(Evil(), f))):
+    for name, write in (
+        ("zip.pt", lambda f: torch.save({"format": FORMAT, "x": Evil()}, f)),
+        ("raw.pt", lambda f: pickle.dump(Evil(), f)),
+    ):
         with open(name, "wb") as file:
             write(file)
         with pytest.raises(ValueError, match="pickled code is never run|not a zip file"):

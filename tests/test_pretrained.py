@@ -1,4 +1,6 @@
-"""Hugging Face folders: what is read gives the logits of `transformers`, what is written is read by it, the rest is refused."""
+"""Hugging Face folders: what is read gives the logits of `transformers`, what is written is read by it, the rest is
+refused.
+"""
 
 import json
 import sys
@@ -20,15 +22,34 @@ from safetensors.torch import load_file, save_file
 
 V, T = 41, 64
 SHAPE = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=T, tie_word_embeddings=False, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
-)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=T,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-5,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
 KINDS = {
     "llama, tied": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=4)),
     "llama, untied, GQA, llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)),
-    "llama, linear rope, head_dim": ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=99.0, factor=3.0), head_dim=10)),
+    "llama, linear rope, head_dim": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=99.0, factor=3.0), head_dim=10),
+    ),
     "llama, yarn rope": ("Llama", dict(rope_parameters=YARN)),
     "mistral": ("Mistral", dict(sliding_window=None, num_key_value_heads=1)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
@@ -45,7 +66,9 @@ def theirs(kind, **fields):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     name, own = KINDS[kind]
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**SHAPE, **own, **fields})).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**{**SHAPE, **own, **fields})
+    ).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
@@ -69,7 +92,9 @@ def changed(llama, folder, weights=None, **config):
     """A copy of the folder with another config.json (a None removes the key) and other weights."""
     folder.mkdir(exist_ok=True)
     content = {**json.loads((llama / "config.json").read_text()), **config}
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in content.items() if value is not None})
+    )
     save_file(load_file(llama / "model.safetensors") if weights is None else weights, folder / "model.safetensors")
     return folder
 
@@ -84,15 +109,24 @@ def test_logits_are_those_of_transformers(tmp_path, kind, sharded):
     model.save_pretrained(tmp_path, max_shard_size="8KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     ours = from_pretrained(tmp_path)
-    assert not ours.training and ours.config.attention == "mha" and ours.config.kv_heads(0)[0] == model.config.num_key_value_heads
-    assert ours.n_params() == model.num_parameters() and (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_embeddings
+    assert (
+        not ours.training
+        and ours.config.attention == "mha"
+        and ours.config.kv_heads(0)[0] == model.config.num_key_value_heads
+    )
+    assert (
+        ours.n_params() == model.num_parameters()
+        and (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_embeddings
+    )
     assert_same_logits(ours, model, tokens(2, T))
     new = model.generate(tokens(1, 9), max_new_tokens=12, do_sample=False)[0, 9:].tolist()
     assert ours.generate(tokens(1, 9).tolist(), 12, temperature=0) == [new]
 
 
 def test_config_files_of_older_transformers_mean_the_same(llama, tmp_path):
-    """rope_theta and rope_scaling in two places, its type under another name, no head_dim, and the table that Llama 1 stored."""
+    """rope_theta and rope_scaling in two places, its type under another name, no head_dim, and the table that Llama 1
+    stored.
+    """
     x, ours = tokens(2, T), from_pretrained(llama)
     old = {"type" if name == "rope_type" else name: value for name, value in LLAMA3.items() if name != "rope_theta"}
     weights = {**load_file(llama / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -112,7 +146,10 @@ def test_llama3_frequencies_stay_where_they_are_fast_and_slow_down_where_they_ar
     torch.testing.assert_close(share[turns < 1], torch.full_like(share[turns < 1], 1 / 8), rtol=1e-5, atol=1e-5)
     old = {name: value for name, value in vars(config).items() if name != "rope_frequencies"}
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}  # as checkpoints named it before
-    assert modern_config({**old, "rope_theta": 500.0, "rope_scaling": scaling})["rope_frequencies"] == config.rope_frequencies
+    assert (
+        modern_config({**old, "rope_theta": 500.0, "rope_scaling": scaling})["rope_frequencies"]
+        == config.rope_frequencies
+    )
 
 
 def test_weights_are_copied_and_a_window_can_be_cut(llama, tmp_path):
@@ -125,10 +162,13 @@ def test_weights_are_copied_and_a_window_can_be_cut(llama, tmp_path):
     assert torch.equal(whole(tokens(1, 9))[0], before)
 
 
-@pytest.mark.parametrize("kind,fields", [
-    ("mistral", dict(sliding_window=24)),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,fields",
+    [
+        ("mistral", dict(sliding_window=24)),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)),
+    ],
+)
 def test_a_sliding_window_ends_the_positions_before_it_would_matter(tmp_path, kind, fields):
     model = theirs(kind, **fields)
     model.save_pretrained(tmp_path)
@@ -141,15 +181,18 @@ def test_a_sliding_window_ends_the_positions_before_it_would_matter(tmp_path, ki
         assert_same_logits(ours, model, tokens(2, 26))
 
 
-@pytest.mark.parametrize("config,words", [
-    (dict(hidden_act="gelu"), "computes something that GPT does not: logits differ"),
-    (dict(attention_bias=True), "missing_keys"),
-    (dict(model_type="no-such-model"), "transformers cannot load"),
-    (dict(model_type=["llama"]), "transformers cannot load"),
-    (dict(hidden_size=16), "mismatched_keys"),
-    (dict(num_hidden_layers="2"), "transformers cannot load"),
-    (dict(rms_norm_eps="small"), "transformers cannot load|has no form for"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config,words",
+    [
+        (dict(hidden_act="gelu"), "computes something that GPT does not: logits differ"),
+        (dict(attention_bias=True), "missing_keys"),
+        (dict(model_type="no-such-model"), "transformers cannot load"),
+        (dict(model_type=["llama"]), "transformers cannot load"),
+        (dict(hidden_size=16), "mismatched_keys"),
+        (dict(num_hidden_layers="2"), "transformers cannot load"),
+        (dict(rms_norm_eps="small"), "transformers cannot load|has no form for"),
+    ],
+)
 def test_configs_that_mean_another_model_are_refused(llama, tmp_path, config, words):
     with pytest.raises(ValueError, match=words) as refusal:
         from_pretrained(changed(llama, tmp_path, **config))
@@ -163,7 +206,9 @@ def test_other_architectures_are_refused(tmp_path, name):
     shape = SHAPE | dict(pad_token_id=0, num_hidden_layers=4)  # SmolLM3 leaves RoPE out of every fourth layer
     model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))
     kind = getattr(transformers, f"{name}Config")
-    model(kind(vocab_size=V, n_embd=32, n_layer=2, n_head=4) if name == "GPT2" else kind(**shape)).save_pretrained(tmp_path)
+    model(kind(vocab_size=V, n_embd=32, n_layer=2, n_head=4) if name == "GPT2" else kind(**shape)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ValueError, match="GPT has no form for|GPT does not|do not fit"):
         from_pretrained(tmp_path)
 
@@ -237,23 +282,37 @@ def test_a_name_on_the_hub_is_fetched_or_one_line_says_what_to_do(llama, monkeyp
 
 def ours(**fields):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32, attention="mha", rope_theta=500.0), **fields})).eval()
+    model = GPT(
+        GPTConfig(
+            **{
+                **dict(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32, attention="mha", rope_theta=500.0),
+                **fields,
+            }
+        )
+    ).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
 
 
-@pytest.mark.parametrize("fields,kind", [
-    (dict(), "llama"),
-    (dict(n_kv_head=2, head_dim=10, norm_eps=1e-4), "llama"),
-    (dict(n_kv_head=[[2, 2], [2, 2]], tie_embeddings=True, embedding_multiplier=1.0), "llama"),
-    (dict(tie_embeddings=True), "llama"),  # its multiplier goes into the embedding, which is then no longer the head
-    (dict(rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
-    (dict(attention_bias=True, n_kv_head=1, head_dim=12), "qwen2"),
-    (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
-    (dict(attention="mea", head_norm=False), "llama"),
-    (dict(attention="mea", head_norm=False, attention_bias=True), "qwen2"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fields,kind",
+    [
+        (dict(), "llama"),
+        (dict(n_kv_head=2, head_dim=10, norm_eps=1e-4), "llama"),
+        (dict(n_kv_head=[[2, 2], [2, 2]], tie_embeddings=True, embedding_multiplier=1.0), "llama"),
+        (
+            dict(tie_embeddings=True),
+            "llama",
+        ),  # its multiplier goes into the embedding, which is then no longer the head
+        (dict(rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
+        (dict(attention_bias=True, n_kv_head=1, head_dim=12), "qwen2"),
+        (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
+        (dict(attention="mea", head_norm=False), "llama"),
+        (dict(attention="mea", head_norm=False, attention_bias=True), "qwen2"),
+    ],
+    ids=str,
+)
 def test_what_is_written_is_read_by_transformers_and_here(tmp_path, fields, kind):
     transformers = pytest.importorskip("transformers")
     model = ours(**fields)
@@ -276,16 +335,20 @@ def test_a_model_read_and_written_has_the_same_weights(llama, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("fields,words", [
-    (dict(head_norm=True), "head norm"),
-    (dict(attention="mea"), "head norm"),
-    (dict(attention="tha"), "tha cannot be exported"),
-    (dict(attention="dfa", head_norm=False), "dfa cannot be exported"),
-    (dict(attention="mea", head_norm=False, n_kv_head=2), "only a full set of components"),
-    (dict(attention="mea", head_norm=False, qk_norm=True), "QK-norm stands between"),
-    (dict(n_kv_head=[[2, 2], [4, 4]]), "different numbers of key/value heads"),
-    (dict(qk_norm=True, attention_bias=True), "Qwen3 has the first"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        (dict(head_norm=True), "head norm"),
+        (dict(attention="mea"), "head norm"),
+        (dict(attention="tha"), "tha cannot be exported"),
+        (dict(attention="dfa", head_norm=False), "dfa cannot be exported"),
+        (dict(attention="mea", head_norm=False, n_kv_head=2), "only a full set of components"),
+        (dict(attention="mea", head_norm=False, qk_norm=True), "QK-norm stands between"),
+        (dict(n_kv_head=[[2, 2], [4, 4]]), "different numbers of key/value heads"),
+        (dict(qk_norm=True, attention_bias=True), "Qwen3 has the first"),
+    ],
+    ids=str,
+)
 def test_models_that_transformers_does_not_know_are_not_written(tmp_path, fields, words):
     with pytest.raises(ValueError, match=words):
         to_pretrained(ours(**fields), tmp_path / "new")
@@ -313,12 +376,18 @@ def test_writing_takes_nothing_away_and_leaves_nothing_half_done(tmp_path):
 
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory):
-    """A folder as SentencePiece models have it: a word's token holds the space before it; <s> comes first; the model has spare rows."""
+    """A folder as SentencePiece models have it: a word's token holds the space before it; <s> comes first; the model
+    has spare rows.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("hf") / "words"
     to_pretrained(ours(), folder)
     words = ["<s>", "</s>", "<unk>", *(f"▁w{i}" for i in range(30)), "<0xC3>", "<0xA9>"]
-    t = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True))
+    t = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True
+        )
+    )
     t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     d = tokenizers.decoders
     t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
@@ -359,7 +428,11 @@ def test_an_exported_folder_has_its_tokenizer(with_tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     to_pretrained(ours(), tmp_path / "new", get_tokenizer(f"hf:{with_tokenizer}"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("w1 w2").input_ids == [0, 4, 5]
-    assert load_tokenizer(tmp_path / "new").end_of_text == transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id == 1
+    assert (
+        load_tokenizer(tmp_path / "new").end_of_text
+        == transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id
+        == 1
+    )
 
 
 def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, monkeypatch):
@@ -369,8 +442,31 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, 
     (tmp_path / "tokenizer.json").write_text((with_tokenizer / "tokenizer.json").read_text().replace("w7", "v7"))
     prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path}", out_dir=tmp_path / "words")
     assert open_dataset(tmp_path / "set").vocab_size == 35 < V
-    base = ["--preset", "tiny", "--threads", "1", "--device", "cpu", "--max_steps", "2", "--learning_rate", "1e-9", "--block_size", "16"]
-    train.main([*base, "--data_dir", str(tmp_path / "set"), "--init_from", str(with_tokenizer), "--out_dir", str(tmp_path / "run")])
+    base = [
+        "--preset",
+        "tiny",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--max_steps",
+        "2",
+        "--learning_rate",
+        "1e-9",
+        "--block_size",
+        "16",
+    ]
+    train.main(
+        [
+            *base,
+            "--data_dir",
+            str(tmp_path / "set"),
+            "--init_from",
+            str(with_tokenizer),
+            "--out_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     trained, state = load_checkpoint(tmp_path / "run")
     start = from_pretrained(with_tokenizer)
     assert trained.config.block_size == 16 and trained.config.attention == "mha"
@@ -382,16 +478,32 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, 
         sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1 w2", "--device", "cpu"])
     assert prompts == [[4, 5]]  # documents began without <s> in training
     capsys.readouterr()
-    for folder, data in ((with_tokenizer, "words"), (with_tokenizer, "bytes"), (llama, "bytes")):  # the last two have more tokens than the model
+    for folder, data in (
+        (with_tokenizer, "words"),
+        (with_tokenizer, "bytes"),
+        (llama, "bytes"),
+    ):  # the last two have more tokens than the model
         with pytest.raises(SystemExit):
-            train.main([*base, "--data_dir", str(tmp_path / data), "--init_from", str(folder), "--out_dir", str(tmp_path / "other")])
+            train.main(
+                [
+                    *base,
+                    "--data_dir",
+                    str(tmp_path / data),
+                    "--init_from",
+                    str(folder),
+                    "--out_dir",
+                    str(tmp_path / "other"),
+                ]
+            )
         assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 # --- QK-norm
 
 
-@pytest.mark.parametrize("attention,n_kv_head", [("mha", 2), ("mha", 4), ("mea", 2), ("mea", 4), ("mea", [[3, 1], [2, 4]])])
+@pytest.mark.parametrize(
+    "attention,n_kv_head", [("mha", 2), ("mha", 4), ("mea", 2), ("mea", 4), ("mea", [[3, 1], [2, 4]])]
+)
 @pytest.mark.parametrize("chunks", [[17], [9, 8], [1] * 17], ids=["one", "two", "one by one"])
 def test_cached_equals_uncached_with_qk_norm(attention, n_kv_head, chunks):
     model, x = ours(attention=attention, n_kv_head=n_kv_head, qk_norm=True), tokens(3, 17)
@@ -425,11 +537,14 @@ def test_qk_norm_makes_queries_and_keys_forget_their_length():
         assert not torch.allclose(model(x)[0], logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("fields,words", [
-    (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
-    (dict(rope_frequencies=[1.0]), "rope_frequencies must be 4 finite numbers"),
-    (dict(rope_frequencies="linear"), "rope_frequencies must be list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
+        (dict(rope_frequencies=[1.0]), "rope_frequencies must be 4 finite numbers"),
+        (dict(rope_frequencies="linear"), "rope_frequencies must be list"),
+    ],
+)
 def test_settings_that_cannot_be_built_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         ours(**fields)

@@ -30,20 +30,15 @@ def run(*options, data):
     train.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--data_dir", data, *map(str, options)])
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data):
-    """A finished run that tests may read but not change."""
-    folder = tmp_path_factory.mktemp("trained") / "r"
-    run("--out_dir", folder, "--max_steps", 60, "--dtype", "float32", data=data)
-    return folder
-
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_clock(lines):
-    return [{name: value for name, value in line.items() if name not in ("tokens_per_second", "peak_memory")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in ("tokens_per_second", "peak_memory")}
+        for line in lines
+    ]
 
 
 def assert_same_run(a, b):
@@ -64,14 +59,18 @@ def test_a_run_folder_holds_what_it_should_and_the_loss_falls(trained, data):
     assert not any(name.endswith("tmp") for name in names)
     lines = metrics(trained)
     assert [line["step"] for line in lines] == list(range(1, 61))
-    assert {"step", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_spikes"} <= set(lines[0])
+    assert {"step", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_spikes"} <= set(
+        lines[0]
+    )
     assert lines[-1]["tokens"] == 60 * 8 * 64
     assert lines[0]["train_loss"] > 5 and lines[-1]["val_loss"] < 3
-    # the logged validation loss is that of the saved weights, and bits per byte follow from it (one byte is one token here,
-    # apart from the end-of-text tokens)
+    # the logged validation loss is that of the saved weights, and bits per byte follow from it (one byte is one token
+    # here, apart from the end-of-text tokens)
     model, _ = load_checkpoint(trained)
     windows = validation_windows(open_dataset(data).val, 64, 16)
-    assert train.evaluate(model, windows, 3, torch.device("cpu"), torch.float32) == pytest.approx(lines[-1]["val_loss"], rel=1e-5)
+    assert train.evaluate(model, windows, 3, torch.device("cpu"), torch.float32) == pytest.approx(
+        lines[-1]["val_loss"], rel=1e-5
+    )
     assert lines[-1]["val_bpb"] == pytest.approx(lines[-1]["val_loss"] / math.log(2), rel=1e-2)
     config = json.loads((trained / "config.json").read_text())
     assert config["model"]["attention"] == "mea" and config["options"]["max_steps"] == 60
@@ -84,7 +83,22 @@ def test_a_picture_of_the_losses_is_drawn(trained):
 
 @pytest.mark.parametrize("attention", gpt.ATTENTION)
 def test_resuming_is_bit_exact(tmp_path, data, attention):
-    options = ["--attention", attention, "--dropout", 0.1, "--grad_accum", 2, "--batch_size", 4, "--max_steps", 12, "--save_every", 4, "--eval_every", 5]
+    options = [
+        "--attention",
+        attention,
+        "--dropout",
+        0.1,
+        "--grad_accum",
+        2,
+        "--batch_size",
+        4,
+        "--max_steps",
+        12,
+        "--save_every",
+        4,
+        "--eval_every",
+        5,
+    ]
     run(*options, "--out_dir", tmp_path / "whole", data=data)
     saves = train.save_checkpoint
 
@@ -116,10 +130,56 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, data):
 
 def test_init_from_takes_weights_and_starts_a_new_run(tmp_path, data):
     run("--out_dir", tmp_path / "first", "--max_steps", 30, "--attention", "tha", data=data)
-    run("--out_dir", tmp_path / "second", "--init_from", tmp_path / "first", "--max_steps", 2, "--learning_rate", 1e-6, data=data)
-    assert metrics(tmp_path / "second")[-1]["val_loss"] == pytest.approx(metrics(tmp_path / "first")[-1]["val_loss"], abs=1e-2)
+    run(
+        "--out_dir",
+        tmp_path / "second",
+        "--init_from",
+        tmp_path / "first",
+        "--max_steps",
+        2,
+        "--learning_rate",
+        1e-6,
+        data=data,
+    )
+    assert metrics(tmp_path / "second")[-1]["val_loss"] == pytest.approx(
+        metrics(tmp_path / "first")[-1]["val_loss"], abs=1e-2
+    )
     assert load_checkpoint(tmp_path / "second")[0].config.attention == "tha"
     assert metrics(tmp_path / "second")[-1]["step"] == 2
+
+
+def test_init_from_may_change_dropout_and_shorten_the_window(tmp_path, data, trained, capsys):
+    options = ["--init_from", trained, "--max_steps", 1, "--dropout", 0.1, "--block_size", 32]
+    run("--out_dir", tmp_path / "shorter", *options, data=data)
+    config = load_checkpoint(tmp_path / "shorter")[0].config
+    assert (config.dropout, config.block_size, config.n_layer) == (0.1, 32, 2)
+    longer = ["--init_from", trained, "--block_size", 128, "--preset", "tiny", "--data_dir", data]
+    capsys.readouterr()
+    assert "has block_size 64, not 128" in refused(capsys, train.main, *longer, "--out_dir", tmp_path / "longer")
+
+
+def test_a_multi_head_model_starts_an_mea_that_is_the_same_function(tmp_path, data):
+    run("--out_dir", tmp_path / "mha", "--max_steps", 5, "--attention", "mha", "--n_kv_head", 2, data=data)
+    options = ["--init_from", tmp_path / "mha", "--attention", "mea", "--max_steps", 1, "--learning_rate", 1e-9]
+    run("--out_dir", tmp_path / "mea", *options, "--head_norm", "no", data=data)
+    run("--out_dir", tmp_path / "normed", *options, data=data)
+    mha, mea, normed = (load_checkpoint(tmp_path / name)[0] for name in ("mha", "mea", "normed"))
+    x = torch.randint(257, (2, 60))
+    torch.testing.assert_close(mea(x)[0], mha(x)[0], rtol=1e-4, atol=1e-4)
+    assert mea.config.attention == normed.config.attention == "mea" and normed.config.head_norm
+
+
+def test_a_diagonal_composition_trains(tmp_path, data):
+    run("--out_dir", tmp_path / "r", "--max_steps", 3, "--compose", "diagonal", data=data)
+    model, _ = load_checkpoint(tmp_path / "r")
+    assert model.layers[0].self_attn.compose_k.shape == (4,) and not (model.layers[0].self_attn.compose_k == 1).all()
+
+
+def test_going_on_beyond_a_finished_cosine_is_said(tmp_path, data, capsys):
+    run("--out_dir", tmp_path / "r", "--max_steps", 12, data=data)
+    capsys.readouterr()
+    train.main(["--resume", "--max_steps", "14", "--out_dir", str(tmp_path / "r")])
+    assert "this run's cosine had ended" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_a_run(tmp_path, data):
@@ -132,7 +192,17 @@ def test_overwrite_replaces_a_run(tmp_path, data):
 
 
 def launch(*options, data, cwd):
-    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--threads", "1", "--data_dir", data, *map(str, options)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--preset",
+        "tiny",
+        "--threads",
+        "1",
+        "--data_dir",
+        data,
+        *map(str, options),
+    ]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -146,7 +216,7 @@ def undisturbed(tmp_path_factory, data):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=str)
 def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbed, number):
     process = launch(*UNDISTURBED, "--out_dir", tmp_path / "cut", data=data, cwd=tmp_path)
     while not (tmp_path / "cut" / "checkpoint.prev.pt").exists():
@@ -162,6 +232,33 @@ def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbe
     assert load_checkpoint(tmp_path / "cut")[1]["step"] < 80
     train.main(["--resume", "--out_dir", str(tmp_path / "cut")])
     assert_same_run(undisturbed, tmp_path / "cut")
+
+
+def test_a_reader_that_goes_away_or_cannot_show_a_character_costs_nothing(tmp_path, data, trained):
+    """`train.py | head -1` goes on in silence to its end; `sample.py | head -c 5` ends; ASCII shows another character.
+    """
+    process = launch(*UNDISTURBED, "--out_dir", tmp_path / "r", data=data, cwd=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
+    assert load_checkpoint(tmp_path / "r")[1]["step"] == 80
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--checkpoint",
+        str(trained),
+        "--prompt",
+        "é",
+        "--num_samples",
+        "9",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "--max_new_tokens", "3"], capture_output=True, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(b"?")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data, capsys):
@@ -209,26 +306,30 @@ def refused(capsys, main, *options):
     return out.err
 
 
-@pytest.mark.parametrize("options,words", [
-    (["--n_heads", 4], "unrecognized arguments: --n_heads"),
-    (["--attention", "linear"], "choose from"),
-    (["--max_steps", "many"], "invalid int value: 'many'"),
-    (["--compile", "perhaps"], "neither yes nor no"),
-    (["--n_embd", 30], "n_embd 30 is not divisible by n_head 4"),
-    (["--attention", "dfa", "--n_head", 3, "--n_embd", 24], "dfa pairs its heads: n_head 3"),
-    (["--n_kv_head", 3, "--attention", "mha"], "must divide n_head 4"),
-    (["--learning_rate", 0], "learning_rate must be above 0"),
-    (["--learning_rate", "nan"], "learning_rate must be above 0"),
-    (["--max_steps", 0], "max_steps must be at least 1, not 0"),
-    (["--beta2", 1], "beta2 must be at least 0 and below 1"),
-    (["--dropout", 1], "dropout must be"),
-    (["--data_dir", "nowhere"], "no data set at nowhere"),
-    (["--block_size", 10**6], "too few for block_size 1000000"),
-    (["--device", "quantum"], "device 'quantum' is not available"),
-    (["--resume"], "no checkpoint at"),
-    (["--resume", "--overwrite"], "give one of them"),
-    (["--init_from", "nowhere"], "no checkpoint at nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--n_heads", 4], "unrecognized arguments: --n_heads"),
+        (["--attention", "linear"], "choose from"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--compile", "perhaps"], "neither yes nor no"),
+        (["--n_embd", 30], "n_embd 30 is not divisible by n_head 4"),
+        (["--attention", "dfa", "--n_head", 3, "--n_embd", 24], "dfa pairs its heads: n_head 3"),
+        (["--n_kv_head", 3, "--attention", "mha"], "must divide n_head 4"),
+        (["--learning_rate", 0], "learning_rate must be above 0"),
+        (["--learning_rate", "nan"], "learning_rate must be above 0"),
+        (["--max_steps", 0], "max_steps must be at least 1, not 0"),
+        (["--seed", 2**63], "seed must be at least 0, not a number of 64 bits"),
+        (["--beta2", 1], "beta2 must be at least 0 and below 1"),
+        (["--dropout", 1], "dropout must be"),
+        (["--data_dir", "nowhere"], "no data set at nowhere"),
+        (["--block_size", 10**6], "too few for block_size 1000000"),
+        (["--device", "quantum"], "device 'quantum' is not available"),
+        (["--resume"], "no checkpoint at"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--init_from", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
 def test_bad_options_are_refused_in_one_line_before_any_work(tmp_path, data, capsys, options, words):
     where = [] if "--data_dir" in options else ["--data_dir", data]
     assert words in refused(capsys, train.main, "--preset", "tiny", "--out_dir", tmp_path / "r", *where, *options)
@@ -241,11 +342,15 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path, data, capsys)
     before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
     base = ["--preset", "tiny", "--data_dir", data, "--out_dir", tmp_path / "r"]
     assert "already holds a run: give --resume" in refused(capsys, train.main, *base)
-    assert "this run has learning_rate 0.003, not 0.1" in refused(capsys, train.main, *base, "--resume", "--learning_rate", 0.1)
+    assert "this run has learning_rate 0.003, not 0.1" in refused(
+        capsys, train.main, *base, "--resume", "--learning_rate", 0.1
+    )
     assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
-    assert "is no run folder" in refused(capsys, train.main, "--preset", "tiny", "--data_dir", data, "--out_dir", tmp_path / "notes", "--overwrite")
+    assert "is no run folder" in refused(
+        capsys, train.main, "--preset", "tiny", "--data_dir", data, "--out_dir", tmp_path / "notes", "--overwrite"
+    )
 
 
 def test_data_that_does_not_go_with_the_checkpoint_is_refused(tmp_path, data, capsys):
@@ -302,9 +407,13 @@ def test_activation_checkpointing_changes_the_memory_and_no_number(tmp_path, dat
     weights, saved = {p.data_ptr() for p in model.parameters()}, {}
     for model.activation_checkpointing in (False, True):
         kept = {}  # storages that the graph holds on to until the backward
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage()}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage()}) or t, lambda t: t
+        ):
             model.train()(x, y)
-        saved[model.activation_checkpointing] = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+        saved[model.activation_checkpointing] = sum(
+            storage.nbytes() for pointer, storage in kept.items() if pointer not in weights
+        )
     inputs = 3 * x.numel() * model.config.n_embd * 4  # of the three blocks: the checkpoints keep them past the hooks
     assert saved[True] + inputs < 0.5 * saved[False]
 
@@ -318,8 +427,16 @@ def test_threads_are_as_many_as_asked(tmp_path, data, capsys):
 
 
 def test_a_preset_is_overridden_by_what_is_given():
-    options, given = parse_options(train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS)
-    assert (options.n_layer, options.n_embd, options.batch_size, options.head_norm, options.compile) == (3, 32, 8, False, True)
+    options, given = parse_options(
+        train.Options, ["--preset", "tiny", "--n_layer", "3", "--head_norm", "no", "--compile"], train.PRESETS
+    )
+    assert (options.n_layer, options.n_embd, options.batch_size, options.head_norm, options.compile) == (
+        3,
+        32,
+        8,
+        False,
+        True,
+    )
     assert given == {"preset", "n_layer", "head_norm", "compile"}
     assert parse_options(train.Options, [], train.PRESETS)[0].max_steps == train.PRESETS["small"]["max_steps"]
 
@@ -346,13 +463,36 @@ def test_a_compiled_model_computes_the_same(tmp_path, data, attention):
 def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys):
     texts = []
     for extra in ([], ["--no_cache"]):
-        sample.main(["--checkpoint", str(trained), "--prompt", "key ", "--temperature", "0", "--max_new_tokens", "90", "--num_samples", "2", *extra])
+        sample.main(
+            [
+                "--checkpoint",
+                str(trained),
+                "--prompt",
+                "key ",
+                "--temperature",
+                "0",
+                "--max_new_tokens",
+                "90",
+                "--num_samples",
+                "2",
+                *extra,
+            ]
+        )
         out = capsys.readouterr()
         texts.append(out.out)
         assert "tokens/s" in out.err
     assert texts[0] == texts[1] and texts[0].startswith("key ")
     (tmp_path / "prompt.txt").write_text("value é")
-    sample.main(["--checkpoint", str(trained / "checkpoint.pt"), "--prompt_file", str(tmp_path / "prompt.txt"), "--max_new_tokens", "5"])
+    sample.main(
+        [
+            "--checkpoint",
+            str(trained / "checkpoint.pt"),
+            "--prompt_file",
+            str(tmp_path / "prompt.txt"),
+            "--max_new_tokens",
+            "5",
+        ]
+    )
     out = capsys.readouterr()
     assert out.out.startswith("value é")
     model, _ = load_checkpoint(trained)
@@ -360,7 +500,16 @@ def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys
 
 
 def test_sample_streams_from_standard_input(trained):
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(trained), "--prompt_file", "-", "--max_new_tokens", "4"]
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--checkpoint",
+        str(trained),
+        "--prompt_file",
+        "-",
+        "--max_new_tokens",
+        "4",
+    ]
     done = subprocess.run(command, input="norm ", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("norm ") and "4 tokens" in done.stderr
 
@@ -380,16 +529,33 @@ def test_sample_refuses_what_it_cannot_use(tmp_path, data, capsys):
 def test_the_readmes_main_command_runs_end_to_end(tmp_path):
     """Nothing but the repository: prepares the default data set, trains, samples, and says what to try next."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--max_steps", "10"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--max_steps", "10"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("preparing the default data set", "ETA", "bits per byte", "A sample:", "python sample.py --checkpoint out/tiny"):
+    for words in (
+        "preparing the default data set",
+        "ETA",
+        "bits per byte",
+        "A sample:",
+        "python sample.py --checkpoint out/tiny",
+    ):
         assert words in done.stdout
     assert (tmp_path / "data/python/train.bin").exists()
     readme = (ROOT / "README.md").read_text()
-    assert "pip install -r requirements.txt && python train.py" in readme and "pip install -r requirements.txt && pytest" in readme
+    assert (
+        "pip install -r requirements.txt && python train.py" in readme
+        and "pip install -r requirements.txt && pytest" in readme
+    )
 
 
-@pytest.mark.parametrize("main,words", [(train.main, "--learning_rate"), (sample.main, "--no_cache"), (gpt.main, "--preset")])
+@pytest.mark.parametrize(
+    "main,words", [(train.main, "--learning_rate"), (sample.main, "--no_cache"), (gpt.main, "--preset")]
+)
 def test_every_program_explains_its_options(main, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
