@@ -278,7 +278,11 @@ def compress_layer(attn, config, layer, method, moments=None, inputs=(), rope=No
         maps = METHODS[method]
         if maps == "any" and (normed or moments is None):  # without data, wider maps only fit the weights better
             maps = "rotations"
-        moment, importance = None if moments is None or method == "svd" else moments[kind].cpu(), None
+        moment = importance = None
+        if moments is not None and method != "svd":
+            moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
+            plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
+            moment = moment + 1e-4 * moment.trace() / plain.trace() * plain
         if (
             method == "aligned" and kind == "k" and moments is not None
         ):  # an error in a key counts as much as its queries are large

@@ -122,12 +122,14 @@ class GPTConfig:
 
     def flops_per_token(self, T=None):
         """Forward and backward FLOPs of one training token at sequence length T: 6 per matrix weight, and attention."""
-        T, heads = T or self.block_size, self.n_head * self.head_dim
+        variant, T = ATTENTION[self.attention], T or self.block_size
         flops = 6 * self.vocab_size * self.n_embd  # the output head; looking an embedding up costs nothing
         for layer in range(self.n_layer):
-            projected = 2 * heads + sum(self.kv_heads(layer)) * self.head_dim
-            flops += 6 * self.n_embd * (projected + 3 * self.intermediate_size)
-            flops += ATTENTION[self.attention].flops_per_token(self, layer, T)
+            with torch.device("meta"):  # without memory: whatever projections a variant has, its own included
+                attention = variant(self, layer)
+            projections = sum(m.weight.numel() for m in attention.modules() if isinstance(m, nn.Linear))
+            flops += 6 * (projections + 3 * self.n_embd * self.intermediate_size)
+            flops += variant.flops_per_token(self, layer, T)
         return flops
 
 

@@ -453,6 +453,8 @@ def train(o, config, dataset, state=None):
     if o.threads:
         torch.set_num_threads(o.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
+    step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
+    step_flops = config.flops_per_token() * step_tokens / world_size  # of one process
     torch.manual_seed(o.seed)
     MEA.kernel = o.kernel
     model = GPT(config).to(device)
@@ -474,7 +476,6 @@ def train(o, config, dataset, state=None):
     run = torch.compile(wrapped) if o.compile else wrapped
     sampler = WindowSampler(dataset.train, config.block_size, o.seed)
     windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
-    step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
     if rank == 0:
         prepare_folder(o, config, dataset, step)
     say(describe_run(o, config, dataset, model, device, dtype, step_tokens, step))
@@ -529,7 +530,7 @@ def train(o, config, dataset, state=None):
                 seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may stand still
                 line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm)
                 line |= dict(tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))
-                mfu = utilisation(config.flops_per_token() * step_tokens / world_size / seconds, device)
+                mfu = utilisation(step_flops / seconds, device)
                 if mfu is not None:
                     line["mfu"] = round(mfu, 4)
                 if step % o.eval_every == 0 or step == o.max_steps:

@@ -87,7 +87,8 @@ def test_a_planted_mistake_is_caught(mistake, check, monkeypatch):
 def test_every_program_takes_it_by_name(tmp_path, data, capsys):
     shape = dict(vocab_size=257, n_layer=2, n_head=4, n_embd=32, block_size=64, attention="gated")
     config = GPTConfig(**shape)
-    assert config.flops_per_token() == GPTConfig(**{**shape, "attention": "mha"}).flops_per_token()
+    gates = 6 * 2 * 32 * 4  # forward and backward, two layers
+    assert config.flops_per_token() == GPTConfig(**{**shape, "attention": "mha"}).flops_per_token() + gates
     assert KVCache(config, 1, 10).nbytes == 10 * config.kv_bytes_per_token()
     options = ["--preset", "tiny", "--attention", "gated", "--max_steps", "3", "--threads", "1", "--device", "cpu"]
     train.main([*options, "--data_dir", data, "--out_dir", str(tmp_path / "run")])
