@@ -1,1 +1,1 @@
-"""Text to tokens: tokenizer.py (text <-> ids), sources.py (where text comes from), prepare.py, dataset.py (the result)."""
+"""Text to tokens: sources.py (where text comes from), tokenizer.py, prepare.py, dataset.py (what comes of it)."""

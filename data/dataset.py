@@ -36,7 +36,7 @@ AGAIN = "prepare the data again"
 
 
 class Dataset:
-    """A prepared folder. `train` and `val` are the token ids, read-only: memory maps of shape (tokens,), or `Shards`."""
+    """A prepared folder. `train` and `val` are its token ids, read-only: memory maps of shape (tokens,) or `Shards`."""
 
     def __init__(self, folder: Path, meta: dict):
         self.folder, self.meta = folder, meta
@@ -104,7 +104,7 @@ def open_dataset(folder, verify: bool | None = None) -> Dataset:
         raise FileNotFoundError(
             f"{folder} is not a prepared data set (no {META_FILE}); python data/prepare.py makes one"
         )
-    meta = read_json(folder / META_FILE)
+    meta = read_json(folder / META_FILE, 16 << 20)
     check_meta(meta, folder / META_FILE)
     if not (folder / TOKENIZER_FILE).is_file():
         raise FileNotFoundError(f"{folder / TOKENIZER_FILE} is missing; {AGAIN}")
@@ -128,7 +128,7 @@ def shard_file(split: str, number: int) -> str:
 
 
 def map_tokens(path: Path, dtype: str, tokens: int, header: bool = False) -> np.ndarray:
-    """A file of `tokens` ids as a memory map. FileNotFoundError or ValueError if it is not there or has another size."""
+    """A file of `tokens` ids as a memory map. FileNotFoundError or ValueError if it is gone or has another size."""
     if not path.is_file():
         gone = f"leads to {path.readlink()}, which is gone" if path.is_symlink() else "is missing"
         raise FileNotFoundError(f"{path} {gone}; {AGAIN}")

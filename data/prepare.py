@@ -1,17 +1,18 @@
 """Text -> a prepared data set (the folder that data/dataset.py reads).
 
-    python data/prepare.py                                       the default: text that comes with Python, no download
+    python data/prepare.py                                     the default: text that comes with Python, no download
     python data/prepare.py --source shakespeare --tokenizer byte
-    python data/prepare.py --source notes/ --vocab_size 2048     .txt, .md, .rst, .py, .jsonl files, or one file of any name
-    python data/prepare.py --source fineweb10B/ --tokenizer gpt2 token files of nanoGPT, llm.c or modded-nanogpt, in place
-    python data/prepare.py --info data/python                    what a folder holds; verifies its hashes
+    python data/prepare.py --source notes/ --vocab_size 2048   a folder of .txt, .md, .rst, .py and .jsonl
+    python data/prepare.py --source fineweb10B/                token files of nanoGPT, llm.c or modded-nanogpt, in place
+    python data/prepare.py --info data/python                  what a folder holds; verifies its hashes
+
+A file given by name may have any suffix if it is text; a .jsonl file has a "text" in each line. In a .txt file the
+spelling <|endoftext|> divides documents. In a folder, files named train.* and val.*, valid*.* or test.* are the splits.
+UTF-16 with a byte order mark is decoded. The summary says what was skipped, replaced or divided.
 
 A first pass over the text trains the tokenizer on the training side, a second one writes the tokens; files of any size
-stream through both. In a .txt file the spelling <|endoftext|> divides documents. In a folder, files named train.* and
-val.*, valid*.* or test.* are the splits. What was skipped, replaced or divided is said at the end.
-
-The folder is written beside its place and renamed when complete. Read before: data/dataset.py, data/sources.py. Read
-next: train.py.
+stream through both. The folder is written beside its place and renamed when complete. Read before: data/dataset.py,
+data/sources.py. Read next: train.py.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ from data.dataset import (
 )
 from data.sources import CORPORA, DATA, PIECE, Corpus, local_corpus, named_corpus, printable, python_corpus
 from data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from data.tokenizer import Progress, Tokenizer, get_tokenizer, train_bpe, well_formed
+from data.tokenizer import Tokenizer, get_tokenizer, progress, train_bpe, well_formed
 from options import check_options, fail, option, parse_options, run_program, say, write_atomically
 
 VOCAB_SIZE = 2048  # of a bpe vocabulary: a model of a million parameters should not spend most of them on its embedding
@@ -166,7 +167,7 @@ def describe(dataset: Dataset) -> str:
     known = ("format", "dtype", "vocab_size", "end_of_text", "splits", "tokenizer", "source", "notes")
     lines += [f"  {key}: {json.dumps(v)}" for key, v in meta.items() if key not in known and v not in ([], {})]
     notes = meta.get("notes")
-    lines += [f"  {printable(str(note), 500)}" for note in notes] if isinstance(notes, list) else []
+    lines += [f"  {printable(str(note), 2000)}" for note in notes] if isinstance(notes, list) else []
     return "\n".join(lines)
 
 
@@ -177,7 +178,7 @@ def describe(dataset: Dataset) -> str:
 def sample(corpus: Corpus):
     """Training text for the tokenizer: about TOKENIZER_BYTES of it, in pieces from all over the corpus."""
     keep, due = min(1.0, TOKENIZER_BYTES / max(1, corpus.size)), 0.0
-    bar = Progress("reading for the tokenizer", corpus.size)
+    bar = progress("reading for the tokenizer", corpus.size)
     for split, text, _ in corpus.documents():
         size = PIECE // 16 if keep < 1 else len(text)  # a long record counts in pieces
         for start in range(0, len(text) if split == "train" else 0, size or 1):
@@ -186,7 +187,7 @@ def sample(corpus: Corpus):
             if due >= len(piece):
                 due -= len(piece)
                 yield piece
-        bar.add(len(text))
+        bar.update(len(text))
     bar.close()
 
 
@@ -196,7 +197,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     splits = {split: dict(file=name, tokens=0, bytes=0, documents=0) for split, name in SPLITS.items()}
     files = {split: open(folder / name, "wb") for split, name in SPLITS.items()}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    bar = Progress("encoding", corpus.size)
+    bar = progress("encoding", corpus.size)
 
     def write(batch):
         for (split, text, ends), tokens in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch])):
@@ -209,7 +210,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
             splits[split]["tokens"] += len(tokens)
             splits[split]["bytes"] += size
             splits[split]["documents"] += ends
-            bar.add(size)
+            bar.update(size)
 
     try:
         batch, size = [], 0
@@ -268,7 +269,7 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     lengths[tokenizer.end_of_text] = 0
     splits, dtypes = {}, set()
-    bar = Progress("checking the tokens", sum(path.stat().st_size for paths in found.values() for path in paths))
+    bar = progress("checking the tokens", sum(path.stat().st_size for paths in found.values() for path in paths))
     for split, paths in found.items():
         headers = [read_header(path) for path in paths]
         if len(paths) > 1 and None in headers:
@@ -294,7 +295,7 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
                     )
                 digest.update(block.tobytes())
                 counts += np.bincount(block, minlength=len(counts))
-                bar.add(block.nbytes)
+                bar.update(block.nbytes)
         splits[split] = dict(
             **(dict(shards=[len(array) for array in arrays]) if headers[0] else dict(file=SPLITS[split])),
             tokens=sum(len(array) for array in arrays),
@@ -348,7 +349,7 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
 
 
 def publish(folder: Path, out_dir: Path) -> None:
-    """Renames `folder` to `out_dir`. No system swaps two folders in one portable step: the old one steps aside first."""
+    """Renames `folder` to `out_dir`. No system swaps two folders in one step, so the old one steps aside first."""
     old = out_dir.with_name(f".{out_dir.name}.old-")
     if out_dir.exists():
         os.rename(out_dir, old)

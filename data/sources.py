@@ -5,14 +5,12 @@ size stream through. Read next: data/prepare.py, which turns a corpus into token
 """
 
 import ast
-import codecs
 import hashlib
 import http.client
 import importlib.util
 import json
 import os
 import re
-import stat
 import sys
 import sysconfig
 import urllib.request
@@ -23,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.tokenizer import END_OF_TEXT, Progress, well_formed
+from data.tokenizer import END_OF_TEXT, progress, well_formed
 from options import sha256
 
 DATA = Path(__file__).resolve().parent
@@ -37,8 +35,8 @@ class Corpus:
     """A source of text.
 
     `documents()` yields (split, text, ends): a document may come in several texts, the last of which has `ends` set.
-    Called again it yields the same. `size` is the number of bytes, roughly. `meta` goes into meta.json. `notes()`, asked
-    after the documents were read, says in words what a user should know.
+    Called again it yields the same. `size` is the number of bytes, roughly. `meta` goes into meta.json. After the
+    documents were read, `notes()` says in words what a user should know.
     """
 
     documents: Callable[[], Iterator[tuple[str, str, bool]]]
@@ -197,7 +195,7 @@ def clean_code(text: str, tree: ast.Module) -> str:
 # Local files
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is read in a folder
-COMPRESSED = (".gz", ".zst", ".zip", ".bz2", ".xz", ".7z")
+COMPRESSED, UNPACK = (".gz", ".zst", ".zip", ".bz2", ".xz", ".7z"), "compressed: unpack it first"
 
 
 @dataclass
@@ -207,7 +205,7 @@ class TextFile:
     path: Path
     name: str  # below the source
     encoding: str
-    bytes: int = 0  # of its text, in UTF-8
+    bytes: int = 0  # of its text, in UTF-8, as far as is known
     val_share: float = 0.0  # to validate on: 0 nothing, 1 all of it, between: it is cut
     by_record: bool = False  # cut by a hash of each record, not at the end
     replaced: int = 0  # bytes that were not in the encoding
@@ -266,9 +264,11 @@ class TextFile:
                     if begun or waiting.strip():
                         yield waiting.rstrip(), True
                     waiting, begun = "", False
-                elif waiting:
+                elif part and waiting:
                     yield waiting, False
                     begun = True
+                elif waiting:
+                    continue
                 waiting = part.lstrip() if self.divisions and not begun else part
         if self.divisions:
             waiting = waiting.rstrip()
@@ -299,13 +299,11 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
     largest, or some of its records. Raises ValueError, naming the file and the reason, if there is no text.
     """
     files, skipped = find_texts(source)
-    if not files:
-        why = "; ".join(skipped_notes(skipped)) or "the folder is empty"
-        raise ValueError(f"--source {source}: no text in {', '.join(SUFFIXES)} files there ({why})")
     for file, _, size in measure([file for file in files if not file.bytes], "measuring the text"):
         file.bytes += size
-    if not any(file.bytes for file in files):
-        raise ValueError(f"--source {source}: there are records, and every one is empty")
+    if not sum(file.bytes for file in files):
+        why = "; ".join(skipped_notes(skipped)) or "nothing there, or records that are empty"
+        raise ValueError(f"--source {source}: no text in {', '.join(SUFFIXES)} files there ({why})")
     divide_files(files, val_fraction, seed, skipped)
     return Corpus(
         lambda: (document for file in files for document in split_documents(file, seed)),
@@ -316,95 +314,78 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
 
 def measure(files: list[TextFile], what: str) -> Iterator[tuple[TextFile, str, int]]:
     """(file, text, its bytes in UTF-8) of all texts of the files."""
-    bar = Progress(what, sum(file.path.stat().st_size for file in files))
+    bar = progress(what, sum(file.path.stat().st_size for file in files))
     for file in files:
         for text, _ in file.texts():
             size = len(well_formed(text).encode())
-            bar.add(size)
+            bar.update(size)
             yield file, text, size
     bar.close()
 
 
 def find_texts(source: Path) -> tuple[list[TextFile], dict[str, list[str]]]:
-    """The files to read, and {reason: names} of the others. Linked folders are followed, each file is read once."""
-    if source.is_file():
-        text = recognise(source)
-        if isinstance(text, str):
-            hint = ": unpack it first" if source.suffix.lower() in COMPRESSED else ""
-            raise ValueError(f"--source {source}: the file is {text}{hint}")
-        text.name = source.name
-        return [text], {}
-    files, skipped, seen = [], defaultdict(list), set()
+    """The files to read, sorted, and {reason: names} of the others. Links are followed, each file is read once."""
+    files, skipped, seen = [], defaultdict(list), {os.path.realpath(source)}
+    bar = progress("looking at files", unit=" files")
 
-    def once(path, name):
-        """Whether `path` is met for the first time; what cannot be read is noted."""
+    def look(folder, prefix):
         try:
-            status = os.stat(path)
+            paths = sorted(folder.iterdir())
         except OSError:
-            skipped["unreadable"].append(name)
-            return False
-        if (status.st_dev, status.st_ino) in seen:
-            skipped["linked again"].append(name)
-            return False
-        seen.add((status.st_dev, status.st_ino))
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            skipped["no regular file"].append(name)
-            return False
-        return True
+            return skipped["unreadable"].append(prefix)
+        for path in paths:
+            name, real, suffix = prefix + path.name, os.path.realpath(path), path.suffix.lower()
+            if path.name.startswith("."):
+                skipped["hidden"].append(name)
+            elif real in seen:
+                skipped["linked again"].append(name)
+            elif path.is_dir():
+                seen.add(real)
+                look(path, name + "/")
+            elif suffix not in SUFFIXES:
+                skipped[UNPACK if suffix in COMPRESSED else suffix or "without a suffix"].append(name)
+            else:
+                seen.add(real)
+                file, why = recognise(path, name)
+                skipped[why].append(name) if why else files.append(file)
+            bar.update(1)
 
-    def unreadable(error):
-        skipped["unreadable"].append(Path(error.filename).relative_to(source).as_posix())
-
-    once(source, ".")
-    bar = Progress("looking at files", unit="files")
-    for folder, folders, names in os.walk(source, followlinks=True, onerror=unreadable):
-        below = Path(folder).relative_to(source)
-        skipped["hidden"] += [(below / name).as_posix() for name in folders + names if name.startswith(".")]
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and once(Path(folder, name), (below / name).as_posix())
-        )
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path, shown = Path(folder, name), (below / name).as_posix()
-            bar.add(1)
-            if path.suffix.lower() not in SUFFIXES:
-                skipped[path.suffix.lower() or "without a suffix"].append(shown)
-            elif once(path, shown):
-                text = recognise(path)
-                if isinstance(text, str):
-                    skipped[text].append(shown)
-                else:
-                    text.name = shown
-                    files.append(text)
+    if source.is_dir():
+        look(source, "")
+    else:
+        file, why = recognise(source, source.name)
+        if why:
+            raise ValueError(f"--source {source}: the file is {why}")
+        files.append(file)
     bar.close()
-    return sorted(files, key=lambda file: file.name.split("/")), skipped
+    return files, skipped
 
 
-def recognise(path: Path) -> TextFile | str:
-    """The file with its encoding, or the reason why it is not read: "empty", "binary" and the like."""
+def recognise(path: Path, name: str) -> tuple[TextFile | None, str]:
+    """The file with its encoding, or None and the reason why it is not read: "empty", "binary" and the like."""
     try:
+        if not path.is_file():
+            return None, "unreadable"
         with open(path, "rb") as stream:
             head = stream.read(1 << 16)
     except OSError:
-        return "unreadable"
+        return None, "unreadable"
     if not head:
-        return "empty"
+        return None, "empty"
+    if path.suffix.lower() in COMPRESSED:
+        return None, UNPACK
     marks = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
     encoding = next((name for name, mark in marks.items() if head.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig":
-        if max(head[0::2].count(0), head[1::2].count(0)) > 0.3 * len(head) / 2:
-            both = min(head[0::2].count(0), head[1::2].count(0)) > 0.1 * len(head) / 2
-            return "binary" if both or len(head) < 2 else "UTF-16 without a byte order mark"
-        controls = sum(head.count(code) for code in (*range(8), *range(14, 27), *range(28, 32)))
-        if controls > 0.02 * len(head):
-            return "binary"
-    file = TextFile(path, path.name, encoding)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
-        plain = not file.records
-    except UnicodeDecodeError:
-        plain = False
-    file.bytes = path.stat().st_size if plain else 0  # 0: only reading it tells
-    return file
+        even, odd = head[0::2].count(0), head[1::2].count(0)
+        if max(even, odd) > 0.15 * len(head) and min(even, odd) < 0.05 * len(head):
+            return None, "UTF-16 without a byte order mark: iconv -f UTF-16 -t UTF-8 converts it"
+        if sum(head.count(code) for code in (*range(8), *range(14, 27), *range(28, 32))) > 0.02 * len(head):
+            return None, "binary"
+    file = TextFile(path, name, encoding)
+    if encoding == "utf-8-sig" and not file.records:
+        file.bytes = path.stat().st_size  # else only reading it tells
+    return file, ""
 
 
 def about(share, wanted) -> bool:
@@ -415,27 +396,22 @@ def about(share, wanted) -> bool:
 def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped: dict) -> None:
     """Sets the share of each file to validate on.
 
-    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise a hash of each name chooses, so that a file
-    stays where it is as others come and go; if that gives another share of the bytes, files are taken in the order of
-    the hashes while they fit, and if that gives too little, the largest file is cut.
+    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise a hash of each name chooses, so that a
+    file stays where it is as others come and go; if that gives another share of the bytes, files are taken in the
+    order of the hashes while they fit, and if that gives too little, the largest file is cut.
     """
     named = defaultdict(list)
     for file in files if len(files) > 1 else ():
-        match = re.fullmatch(r"(train|val|valid|validation|test)([-_.]\d+([-_]of[-_]\d+)?)?\.\w+", file.name.lower())
+        match = re.fullmatch(r"(train|val|test)(id|idation)?([-_.]\d+([-_]of[-_]\d+)?)?\.\w+", file.name.lower())
         named[match[1] if match else ""].append(file)
-    validation = named["val"] + named["valid"] + named["validation"]
-    if not validation and named["train"]:
-        validation = named["test"]
-    if validation:
-        unused = [] if validation is named["test"] else named["test"]
-        unused = unused + (named[""] if named["train"] else [])
-        if not named["train"] and not named[""]:
+    if validation := named["val"] or (named["train"] and named["test"]):
+        training = named["train"] or named[""]
+        if not training:
             raise ValueError("there is text to validate on and none to train on: name a file train.*")
-        for file in unused:
-            skipped["beside train and val"].append(file.name)
-            files.remove(file)
         for file in validation:
             file.val_share = 1.0
+        skipped["beside train and val"] = [file.name for file in files if file not in training + validation]
+        files[:] = [file for file in files if file in training + validation]
         return
 
     total = sum(file.bytes for file in files)
@@ -454,10 +430,12 @@ def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped:
     if not about(size, wanted):
         largest = max((file for file in files if not file.val_share), key=lambda file: file.bytes)
         largest.val_share = (wanted - size) / largest.bytes
-        if largest.records:  # many records are split as they come and go; a few long ones are cut
-            records = measure([largest], "splitting the records")
-            drawn = sum(n for _, text, n in records if split_of(text, largest.val_share, seed) == "val")
-            largest.by_record = about(drawn, wanted - size)
+        largest.bytes = drawn = 0  # to cut it, its size must be exact
+        for _, text, n in measure([largest], f"measuring {printable(largest.name)}"):
+            largest.bytes += n
+            drawn += n if largest.records and split_of(text, largest.val_share, seed) == "val" else 0
+        # Many records are split as a hash of each one says; a few long ones are cut.
+        largest.by_record = largest.records and about(drawn, largest.val_share * largest.bytes)
 
 
 def split_documents(file: TextFile, seed: int) -> Iterator[tuple[str, str, bool]]:
@@ -471,8 +449,8 @@ def split_documents(file: TextFile, seed: int) -> Iterator[tuple[str, str, bool]
 
 
 def cut_documents(texts, train_bytes: float, short: float) -> Iterator[tuple[str, str, bool]]:
-    """`train_bytes` to train on, the rest to validate on. A document of less than `short` bytes stays whole, another one is
-    cut at the end of a line or a word."""
+    """`train_bytes` to train on, the rest to validate on. A document of less than `short` bytes stays whole, another
+    one is cut at the end of a line or a word."""
     done, split, begins = 0, "train", True
     for text, ends in texts:
         encoded = well_formed(text).encode()
@@ -492,40 +470,37 @@ def cut_documents(texts, train_bytes: float, short: float) -> Iterator[tuple[str
 
 
 def text_notes(files: list[TextFile]) -> list[str]:
+    divided = [file for file in files if file.divisions]
+    converted = [file for file in files if file.encoding != "utf-8-sig"]
+    replaced = [file for file in files if file.replaced]
+    bad = [file for file in replaced if 1000 * file.replaced > file.bytes]
     notes = []
-    if divided := [file for file in files if file.divisions]:
+    if divided:
         count = sum(file.divisions for file in divided)
-        notes.append(f"divided into documents at {count:,} {END_OF_TEXT} in {listing([f.name for f in divided])}")
-    if others := [file for file in files if file.encoding != "utf-8-sig"]:
-        notes.append(f"decoded from UTF-16 or UTF-32: {listing([f.name for f in others])}")
-    if wrong := [file for file in files if file.replaced]:
-        count = sum(file.replaced for file in wrong)
-        notes.append(f"replaced {count:,} bytes that are no UTF-8 in {listing([f.name for f in wrong])}")
-        bad = [file.name for file in wrong if 1000 * file.replaced > file.bytes]
-        if bad:
-            notes.append(
-                f"more than one byte in a thousand is no UTF-8 in {listing(bad)}: iconv converts other encodings"
-            )
+        notes.append(f"divided into documents at {count:,} {END_OF_TEXT} in {listing(file.name for file in divided)}")
+    if converted:
+        notes.append(f"decoded from UTF-16 or UTF-32: {listing(file.name for file in converted)}")
+    if replaced:
+        count = sum(file.replaced for file in replaced)
+        notes.append(f"replaced {count:,} bytes that are no UTF-8: {listing(file.name for file in replaced)}")
+    if bad:
+        notes.append(
+            f"more than one byte in a thousand is no UTF-8, iconv converts: {listing(file.name for file in bad)}"
+        )
     return notes
 
 
 def skipped_notes(skipped: dict[str, list[str]]) -> list[str]:
-    found = {reason: names for reason, names in skipped.items() if names}
-    kinds = [f"{len(names):,} {reason} ({listing(names, False)})" for reason, names in found.items()]
-    notes = (
-        [f"skipped: {', '.join(kinds[:8])}" + (f" and {len(kinds) - 8} other kinds" if kinds[8:] else "")]
-        if kinds
-        else []
-    )
-    if any(suffix in found for suffix in COMPRESSED):
-        notes.append("compressed files are not read: unpack them first")
-    return notes
+    kinds = [f"{reason}: {listing(names)}" for reason, names in skipped.items() if names]
+    more = f"; and {len(kinds) - 12} other kinds" if kinds[12:] else ""
+    return [f"skipped: {'; '.join(kinds[:12])}{more}"] if kinds else []
 
 
-def listing(names: list[str], count: bool = True) -> str:
+def listing(names) -> str:
     """How many, and the first three of them."""
-    shown = ", ".join(printable(name) for name in names[:3]) + (", ..." if names[3:] else "")
-    return f"{len(names):,} file{'s' if names[1:] else ''} ({shown})" if count else shown
+    names = list(names)
+    first = ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
+    return f"{len(names):,} file{'s' if names[1:] else ''} ({first})"
 
 
 def printable(text: str, length: int = 100) -> str:
@@ -622,15 +597,15 @@ def download(url: str, path: Path, size: int, checksum: str) -> None:
     have = part.stat().st_size if part.exists() else 0
     if have < size:
         request = urllib.request.Request(url, headers={"User-Agent": "nanoMEA", "Range": f"bytes={have}-"})
-        bar = Progress(f"downloading {path.name}", size)
+        bar = progress(f"downloading {path.name}", size)
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 resumed = response.status == 206
                 with open(part, "ab" if resumed else "wb") as file:  # a server may ignore ranges and send everything
-                    bar.add(have if resumed else 0)
+                    bar.update(have if resumed else 0)
                     while block := response.read(1 << 16):
                         file.write(block)
-                        bar.add(len(block))
+                        bar.update(len(block))
             reason = "the connection broke"
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split())

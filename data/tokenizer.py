@@ -22,9 +22,9 @@ import json
 import os
 import sys
 import threading
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import regex  # comes with tiktoken; `re` lacks \p{L}
 import tiktoken
@@ -36,8 +36,8 @@ from options import read_json, write_atomically
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 1 << 20
-# Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation, space.
-# A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
+# Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation,
+# space. A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
 # costs no more to train on or to encode than prose; 32 encodes twice as fast as 64.
 SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}(?!\S)|\s{1,32}"
 
@@ -52,11 +52,12 @@ class Tokenizer:
     vocab_size: int
     end_of_text: int
     start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
+    more_ends: tuple[int, ...] = ()  # other ids that end the texts of a pretrained model
 
     @property
     def end_tokens(self) -> set[int]:
-        """Every id that ends a text when a model writes it. Pretrained models may have several."""
-        return {self.end_of_text}
+        """Every id that ends a text when a model writes it."""
+        return {self.end_of_text, *self.more_ends}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -66,7 +67,7 @@ class Tokenizer:
         return self._encode([well_formed(text) for text in texts])
 
     def decode_bytes(self, tokens) -> bytes:
-        """The exact bytes the ids spell, which may end inside a character. ValueError for an id outside the vocabulary."""
+        """The exact bytes the ids spell, which may end inside a character. ValueError for an id out of range."""
         tokens = [int(token) for token in tokens]
         for token in tokens:
             if not 0 <= token < self.vocab_size:
@@ -78,9 +79,9 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def save(self, folder) -> dict:
-        """Writes FILE_NAME into `folder`; returns what meta.json says of it: name, file, sha256, vocab_size, end_of_text.
+        """Writes FILE_NAME into `folder`; returns what meta.json says of it, such as name and sha256.
 
-        A tokenizer that was loaded is written as it was, byte for byte.
+        A tokenizer that `load_tokenizer` made from such a file is written as it was, byte for byte.
         """
         content = json.dumps({"format": 1, **self._state()})
         write_atomically(Path(folder) / FILE_NAME, content)
@@ -95,8 +96,8 @@ class Tokenizer:
     def to_hugging_face(self) -> dict:
         """The content of a Hugging Face tokenizer.json that encodes every text to the same ids.
 
-        There, "<|endoftext|>" in a text is the special token, unless `encode_special_tokens` is set. ValueError if this kind
-        has no such form.
+        There, "<|endoftext|>" in a text is the special token, unless `encode_special_tokens` is set. ValueError if this
+        kind has no such form.
         """
         raise ValueError(
             f"tokenizer {self.name} cannot be written as a tokenizer.json: use the one published with its model"
@@ -178,11 +179,10 @@ class HuggingFaceTokenizer(Tokenizer):
     Byte-level ones (GPT-2, Llama 3, Qwen) are exact. One with a normaliser gives back its normalised text, which
     is said on stderr; its `decode_bytes` is exact for whole texts, not token by token.
 
-    `end_tokens` are further ids that end a text, `start_of_text` is what begins one; None asks the tokenizer itself.
     ValueError, in one line, for content that the package does not take or ids outside the vocabulary.
     """
 
-    def __init__(self, name: str, content: dict, end_of_text: int | None, end_tokens=(), start_of_text=None):
+    def __init__(self, name: str, content: dict, end_of_text: int, more_ends=()):
         try:
             import tokenizers
         except ImportError:
@@ -193,23 +193,21 @@ class HuggingFaceTokenizer(Tokenizer):
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-            self.added = {i: token.content.encode() for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+            self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
             self.byte_of = _byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
-            self.name, self.content = name, content
+            self.name, self.content, self.end_of_text = name, content, end_of_text
             probe = " Round  trip:\tcafé \U0001f642\n"
             exact = self.decode(self.encode(probe)) == probe
             whole = self.tokenizer.encode("a")  # as its own model reads a text
-            self.own_start = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
+            self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic inside the package is no Exception
             raise ValueError(f"{name} is not a usable tokenizer.json: {_one_line(error)}") from None
-        self.end_of_text = end_of_text
-        self.more_ends = set(end_tokens) - {end_of_text}
-        self.start_of_text = self.own_start if start_of_text is None else tuple(start_of_text)
-        for token in (end_of_text, *self.more_ends, *self.start_of_text):
-            if not 0 <= token < self.vocab_size <= MAX_VOCAB_SIZE:
-                raise ValueError(f"{name}: token id {token} or vocabulary size {self.vocab_size} is out of range")
+        self.more_ends = tuple(sorted(set(more_ends) - {end_of_text}))
+        for end in self.end_tokens:
+            if not 0 <= end < self.vocab_size <= MAX_VOCAB_SIZE:
+                raise ValueError(f"{name}: end-of-text id {end} or vocabulary size {self.vocab_size} is out of range")
         if not exact:
             print(f"note: {name} does not give back every text exactly (it normalises)", file=sys.stderr)
 
@@ -217,40 +215,28 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_folder(cls, folder):
         """Reads FOLDER/tokenizer.json, or the file itself, and the settings beside it.
 
-        End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json and
-        generation_config.json, a number or a list, ends a text as well.
+        End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json
+        and generation_config.json, a number or a list, ends a text as well.
         """
-        path = Path(folder)
-        path = path / FILE_NAME if path.is_dir() else path
-
-        def beside(name):
-            file = path.with_name(name)
-            return read_json(file) if file.exists() else {}
-
-        content, settings = read_json(path), beside("tokenizer_config.json")
+        path = Path(folder) / FILE_NAME if Path(folder).is_dir() else Path(folder)
+        content = read_json(path)
+        settings, *configs = (
+            read_json(path.with_name(name)) if path.with_name(name).exists() else {}
+            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+        )
         tokenizer = cls(f"hf:{path.resolve().parent.name}", content, 0)
-
-        def id_of(token):
-            token = token.get("content") if isinstance(token, dict) else token
-            return tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-        ends = [config.get("eos_token_id") for config in (beside("config.json"), beside("generation_config.json"))]
-        ends = [end for some in ends for end in (some if isinstance(some, list) else [some])]
-        ends = [end for end in ends if type(end) is int and 0 <= end < tokenizer.vocab_size]
         eos = settings.get("eos_token")
-        names = [eos] if eos else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
-        found = [token for token in map(id_of, names) if token is not None] or ends
-        if not found:
-            raise ValueError(f"{path}: no end-of-text token; looked for {', '.join(map(str, names))}")
-        tokenizer.end_of_text, tokenizer.more_ends = found[0], set(ends) - {found[0]}
-        start = id_of(settings.get("bos_token"))
-        if settings.get("add_bos_token") is True and start is not None and not tokenizer.own_start:
-            tokenizer.start_of_text = (start,)
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        names = [eos] if isinstance(eos, str) else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
+        spelled = [tokenizer.tokenizer.token_to_id(name) for name in names]
+        listed = [config.get("eos_token_id") for config in configs]
+        listed = [end for some in listed for end in (some if isinstance(some, list) else [some])]
+        listed = [end for end in listed if type(end) is int and 0 <= end < tokenizer.vocab_size]
+        ends = [end for end in spelled if end is not None][:1] + listed
+        if not ends:
+            raise ValueError(f"{path}: no end-of-text token; looked for {', '.join(names)}")
+        tokenizer.end_of_text, tokenizer.more_ends = ends[0], tuple(sorted({*ends} - {ends[0]}))
         return tokenizer
-
-    @property
-    def end_tokens(self):
-        return {self.end_of_text, *self.more_ends}
 
     def _encode(self, texts):
         return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -261,27 +247,23 @@ class HuggingFaceTokenizer(Tokenizer):
         return b"".join(map(self._spelling, tokens))
 
     def _spelling(self, token):
-        """The bytes of a token of a byte-level vocabulary. The package's own decoder takes the letters of added tokens for
-        bytes, too, and turns an added "café" into "caf" and a broken byte."""
-        if token in self.added:
-            return self.added[token]
-        piece = self.tokenizer.id_to_token(token) or ""
-        return bytes(self.byte_of[c] for c in piece) if all(c in self.byte_of for c in piece) else piece.encode()
+        """The bytes of one token. (The package's own decoder takes the letters of added tokens for bytes, too: an added
+        "café" becomes "caf" and a broken byte.)"""
+        piece = self.added.get(token) or self.tokenizer.id_to_token(token) or ""
+        if token in self.added or not all(c in self.byte_of for c in piece):
+            return piece.encode()
+        return bytes(self.byte_of[c] for c in piece)
 
     def _state(self):
         state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
-        if self.more_ends:
-            state["end_tokens"] = sorted(self.end_tokens)
-        if self.start_of_text != self.own_start:
-            state["start_of_text"] = list(self.start_of_text)
-        return state
+        return {**state, "more_ends": list(self.more_ends)} if self.more_ends else state
 
     def to_hugging_face(self):
         return self.content
 
 
 def train_bpe(texts, vocab_size: int) -> BPETokenizer:
-    """Learns a byte-level BPE (Sennrich et al. 2016) of `vocab_size` tokens, end-of-text included, from an iterable of str.
+    """Learns a byte-level BPE (Sennrich et al. 2016) of `vocab_size` tokens, end-of-text included, from texts.
 
     The most frequent adjacent pair becomes a token, again and again; ties go to the smaller pair of ids. Counting runs
     over unique pre-tokens, and a merge touches only those that hold the pair. Where no pair occurs twice any more
@@ -305,7 +287,7 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
 
-    bar = Progress("learning merges", vocab_size, unit="tokens")
+    bar = progress("learning merges", vocab_size - 257, unit=" tokens")
     while len(tokens) < vocab_size - 1 and heap:
         n, pair = heapq.heappop(heap)
         if -n != count[pair]:  # counts fall without touching the heap: put a stale entry back in its place
@@ -318,7 +300,7 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
         # had another pair spelled them before, they would be one token everywhere by now.
         new, change = len(tokens), Counter()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        bar.add(1)
+        bar.update(1)
         for i in set(holders.pop(pair)):
             old, sequences[i] = sequences[i], _merge(sequences[i], pair, new)
             for before in zip(old, old[1:]):
@@ -338,8 +320,8 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
 
 
 def get_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or a folder or file that `load_tokenizer` reads, such as
-    the folder of a run; ("bpe" has to be trained).
+    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or what `load_tokenizer` finds in a folder or file, a
+    run's folder for example. ("bpe" has to be trained.)
 
     Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
     """
@@ -389,17 +371,10 @@ def load_tokenizer(path) -> Tokenizer:
         return get_tokenizer(state["name"])
     if type(state.get("end_of_text")) is not int or not isinstance(state.get("tokenizer"), dict):
         raise ValueError(f"{path}: 'end_of_text' is not an integer or 'tokenizer' not an object")
-    for key in ("end_tokens", "start_of_text"):
-        ids = state.get(key, [])
-        if not isinstance(ids, list) or len(ids) > 100 or not all(type(token) is int for token in ids):
-            raise ValueError(f"{path}: {key!r} is not a list of token ids")
-    return HuggingFaceTokenizer(
-        state["name"],
-        state["tokenizer"],
-        state["end_of_text"],
-        state.get("end_tokens", ()),
-        state.get("start_of_text"),
-    )
+    more_ends = state.get("more_ends", [])
+    if not isinstance(more_ends, list) or not all(type(end) is int for end in more_ends):
+        raise ValueError(f"{path}: 'more_ends' is not a list of token ids")
+    return HuggingFaceTokenizer(state["name"], state["tokenizer"], state["end_of_text"], more_ends)
 
 
 def _is_merged(token) -> bool:
@@ -413,16 +388,14 @@ def _byte_level_content(merged: list[bytes]) -> dict:
     rank = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merged)}
     merges = []
     for token in merged:
-        # tiktoken joins any two neighbours that spell a token. Which two they are follows from the token alone: they are
-        # what it falls into without itself.
+        # tiktoken joins any two neighbours that spell a token. Which two they are follows from the token alone: what it
+        # falls into with the earlier tokens.
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             ranks = [rank.get(left + right, rank[token]) for left, right in zip(parts, parts[1:])]
             i = min(range(len(ranks)), key=ranks.__getitem__)
             if ranks[i] >= rank[token]:
-                raise ValueError(
-                    f"token {token!r} is not made of two earlier ones, so it has no form in a tokenizer.json"
-                )
+                raise ValueError(f"token {token!r} is not two earlier ones in a row, as a tokenizer.json needs it")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         merges.append([spell(part) for part in parts])
     end = dict(content=END_OF_TEXT, id=len(rank), special=True, normalized=False)
@@ -486,41 +459,17 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class Progress:
-    """A line on stderr about work that takes a while: how much is done, the rate and the time to go. On a terminal it is
-    renewed every second, elsewhere every ten."""
-
-    def __init__(self, what: str, total: int | None = None, unit: str = "MB"):
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
-        self.began = time.monotonic()
-        self.due = self.began + 1
-
-    def add(self, amount: int) -> None:
-        """`amount` more is done, in bytes or in whatever is counted."""
-        self.done += amount
-        now = time.monotonic()
-        if now < self.due:
-            return
-        terminal = sys.stderr.isatty()
-        self.due = now + (1 if terminal else 10)
-        scale = 1e6 if self.unit == "MB" else 1
-        rate = self.done / (now - self.began)
-        line = f"{self.what}: {self.done / scale:,.0f}"
-        if self.total:
-            line += f" of {max(self.total, self.done) / scale:,.0f}"
-        line += f" {self.unit}, {rate / scale:,.{0 if rate >= 10 * scale else 1}f} {self.unit}/s"
-        if self.total:
-            left = max(0, self.total - self.done) / rate
-            line += f", {left:.0f} s to go" if left < 100 else f", {left / 60:.0f} min to go"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def progress(what: str, total: int | None = None, unit: str = "B"):
+    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: the byte itself where it is printable in latin-1, else the next character from 256 on."""
+    """GPT-2's stand-ins for bytes: the byte itself where it is printable in latin-1, else a character from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

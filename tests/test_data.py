@@ -23,15 +23,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import dataset as dataset_module
-from data import download as download_module
-from data import prepare as prepare_module
-from data.dataset import WindowSampler, open_dataset, validation_windows
-from data.download import download
-from data.prepare import main, prepare, python_corpus
+import data.dataset as dataset_module
+import data.prepare as prepare_module
+import data.sources as sources
+import data.tokenizer as tokenizer_module
+from data.dataset import Shards, WindowSampler, open_dataset, validation_windows
+from data.prepare import main, prepare
+from data.sources import download, python_corpus
+from data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 PROGRAM = Path(prepare_module.__file__)
 PROSE = "".join(f"Line {i}: the quick brown fox, {i * i} times over.\n" for i in range(4000))
+
+
+def refused(capsys, *arguments):
+    """The one line that a command ends with, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not out
+    return lines[0]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return path
 
 
 # --- Which windows a step sees ---
@@ -97,9 +116,14 @@ def test_ranks_and_micro_steps_see_what_one_large_batch_sees(world_size, grad_ac
     sampler, batch = WindowSampler(np.arange(3000), 11, seed=2), 3
     for step in range(60):
         whole = sampler.batch(step, world_size * grad_accum * batch)
-        one_process = [sampler.batch(step, world_size * batch, micro_step=a, grad_accum=grad_accum) for a in range(grad_accum)]
-        parts = [sampler.batch(step, batch, rank=r, world_size=world_size, micro_step=a, grad_accum=grad_accum)
-                 for a in range(grad_accum) for r in range(world_size)]
+        one_process = [
+            sampler.batch(step, world_size * batch, micro_step=a, grad_accum=grad_accum) for a in range(grad_accum)
+        ]
+        parts = [
+            sampler.batch(step, batch, rank=r, world_size=world_size, micro_step=a, grad_accum=grad_accum)
+            for a in range(grad_accum)
+            for r in range(world_size)
+        ]
         for side in (0, 1):
             assert (np.concatenate([part[side] for part in parts]) == whole[side]).all()
             assert (np.concatenate([part[side] for part in one_process]) == whole[side]).all()
@@ -117,7 +141,10 @@ def test_sampling_needs_no_memory_that_grows_with_the_data():
 
 @pytest.mark.parametrize("length, block", [(0, 1), (8, 8), (5, 100)])
 def test_data_shorter_than_a_block_is_refused_with_both_numbers(length, block):
-    for use in (lambda: WindowSampler(np.zeros(length, np.uint16), block), lambda: validation_windows(np.zeros(length, np.uint16), block, 4)):
+    for use in (
+        lambda: WindowSampler(np.zeros(length, np.uint16), block),
+        lambda: validation_windows(np.zeros(length, np.uint16), block, 4),
+    ):
         with pytest.raises(ValueError, match=rf"^{length} tokens .* block_size {block}\b"):
             use()
 
@@ -204,8 +231,7 @@ def test_a_flipped_bit_is_found(prepared, name, capsys):
     (prepared / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} .*SHA-256"):
         open_dataset(prepared, verify=True)
-    assert main(["--info", str(prepared)]) == 2
-    assert "SHA-256" in capsys.readouterr().err
+    assert "SHA-256" in refused(capsys, "--info", prepared)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
@@ -256,7 +282,29 @@ def test_mutated_meta_is_refused_in_one_line_or_harmless(prepared):
     """Everything the reader relies on is checked: a changed value either is one of the notes, or is refused."""
     original = json.loads((prepared / "meta.json").read_text())
     paths = list(leaves(original))
-    hostile = [None, True, False, -1, 0, 1, 2**16, 2**62, 10**300, 0.5, "", "uint8", "\0", "../x", "f" * 64, "\x1b[2J", [], [1], {}, {"file": 1}, "x" * 10**4]
+    hostile = [
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        2**16,
+        2**62,
+        10**300,
+        0.5,
+        "",
+        "uint8",
+        "\0",
+        "../x",
+        "f" * 64,
+        "\x1b[2J",
+        [],
+        [1],
+        {},
+        {"file": 1},
+        "x" * 10**4,
+    ]
     rng, refused = random.Random(4), 0
     for i in range(300):
         meta = json.loads(json.dumps(original))
@@ -281,7 +329,9 @@ def test_mutated_meta_is_refused_in_one_line_or_harmless(prepared):
     assert refused > 150
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"format": 1}', b'{"format": 1, "format": 2}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"format": 1}', b'{"format": 1, "format": 2}']
+)
 def test_a_meta_that_is_none_is_refused(prepared, content):
     (prepared / "meta.json").write_bytes(content)
     with pytest.raises(ValueError, match="meta.json"):
@@ -297,48 +347,274 @@ def documents(dataset, split):
     return [dataset.tokenizer.decode(part) for part in (tokens[start:end] for start, end in zip([0, *ends + 1], ends))]
 
 
+def notes(dataset):
+    return "\n".join(dataset.meta.get("notes", []))
+
+
+def share(dataset):
+    sizes = [dataset.meta["splits"][split]["bytes"] for split in ("train", "val")]
+    return sizes[1] / sum(sizes)
+
+
 def test_a_folder_is_split_by_file_and_a_file_stays_where_it_is(tmp_path):
     source = tmp_path / "source"
-    (source / "sub").mkdir(parents=True)
-    (source / ".hidden").mkdir()
-    (source / ".hidden" / "no.txt").write_text("hidden")
-    (source / "no.bin").write_text("not text")
-    texts = {f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}": f"document {i} <|endoftext|> says {i}" for i in range(60)}
+    texts = {
+        f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}": f"document {i:03} says {i}" for i in range(400)
+    }
     for name, text in texts.items():
-        (source / name).write_text(text)
-    first = prepare(source=str(source), tokenizer="byte", out_dir=tmp_path / "a", val_fraction=0.2)
+        write(source / name, text)
+    first = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "a", val_fraction=0.2)
     train, val = documents(first, "train"), documents(first, "val")
-    assert sorted(train + val) == sorted(texts.values()) and 3 <= len(val) <= 25
-    for i in range(60, 120):
-        (source / f"{i}.txt").write_text(f"document {i}")
-    second = prepare(source=str(source), tokenizer="byte", out_dir=tmp_path / "b", val_fraction=0.2)
+    assert sorted(train + val) == sorted(texts.values()) and 0.15 < share(first) < 0.25
+    for i in range(400, 800):
+        write(source / f"{i}.txt", f"document {i:03} says {i}")
+    second = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "b", val_fraction=0.2)
     assert set(val) <= set(documents(second, "val")) and set(train) <= set(documents(second, "train"))
 
 
-def test_two_files_give_one_for_each_split(tmp_path):
-    (tmp_path / "source").mkdir()
-    for name in "ab":
-        (tmp_path / "source" / f"{name}.txt").write_text(f"only {name}")
-    dataset = prepare(source=str(tmp_path / "source"), tokenizer="byte", out_dir=tmp_path / "out")
-    assert len(documents(dataset, "train")) == len(documents(dataset, "val")) == 1
+BOOK = "".join(f"Line {i}: the river runs under the old bridge.\n" for i in range(2000))
+
+
+@pytest.mark.parametrize("big, small", [("a.txt", "b.txt"), ("b.txt", "a.txt"), ("a.txt", "b.jsonl")])
+def test_the_split_is_by_bytes_when_one_file_is_big(tmp_path, big, small, capsys):
+    note = "".join(f"Note {i} on where the text came from.\n" for i in range(60))
+    write(tmp_path / "source" / small, json.dumps({"text": note}) if small.endswith("jsonl") else note)
+    write(tmp_path / "source" / big, BOOK)
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    assert 0.04 < share(dataset) < 0.06 and f"({share(dataset):.1%})" in capsys.readouterr().out
+    (train,) = documents(dataset, "train")  # the big file is cut at its end, after a line
+    assert BOOK.startswith(train) and train.endswith("bridge.\n")
+    assert sorted(documents(dataset, "val")) == sorted([BOOK[len(train) :], note])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 90])
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_equal_files_reach_the_share_that_was_asked_for(tmp_path, count, fraction):
+    for i in range(count):
+        write(tmp_path / "source" / f"{i}.md", f"{i:02} " + BOOK[:3000])
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out", val_fraction=fraction)
+    assert 0.74 * fraction < share(dataset) < 1.26 * fraction
+    texts = documents(dataset, "train") + documents(dataset, "val")
+    assert sum(map(len, texts)) == 3003 * count and count <= len(texts) <= count + 1
+
+
+@pytest.mark.parametrize("records", [2, 3, 5, 400])
+def test_records_are_split_by_bytes_and_a_few_long_ones_are_cut(tmp_path, records):
+    texts = [f"Record {i}. " + BOOK[: 200_000 // records] for i in range(records)]
+    write(tmp_path / "d.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for seed in range(5):
+        dataset = prepare(
+            source=tmp_path / "d.jsonl", tokenizer="byte", out_dir=tmp_path / "out", seed=seed, overwrite=True
+        )
+        assert 0.037 < share(dataset) < 0.063
+        assert len("".join(documents(dataset, "train") + documents(dataset, "val"))) == len("".join(texts))
+
+
+@pytest.mark.parametrize(
+    "names, train, val",
+    [
+        (["train.txt", "val.md"], ["train.txt"], ["val.md"]),
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
+        (["train.txt", "test.txt", "readme.md"], ["train.txt"], ["test.txt"]),
+        (["corpus.txt", "more.txt", "valid.txt"], ["corpus.txt", "more.txt"], ["valid.txt"]),
+        (
+            ["train-0-of-2.txt", "train-1-of-2.txt", "val_0.txt"],
+            ["train-0-of-2.txt", "train-1-of-2.txt"],
+            ["val_0.txt"],
+        ),
+    ],
+)
+def test_files_named_train_and_val_are_the_splits(tmp_path, names, train, val):
+    for name in names:
+        write(tmp_path / "source" / name, json.dumps({"text": name}) + "\n" if name.endswith("jsonl") else name)
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    assert (documents(dataset, "train"), documents(dataset, "val")) == (train, val)
+    left = set(names) - set(train) - set(val)
+    assert all(name in notes(dataset) for name in left) and ("beside train and val" in notes(dataset)) == bool(left)
+
+
+def test_a_test_file_among_notes_is_text_like_any_other(tmp_path):
+    for name in ("test.py", "validators.py", "value.txt", "training.md", *(f"{i}.txt" for i in range(30))):
+        write(tmp_path / "source" / name, f"{name} " * 100)
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out", val_fraction=0.2)
+    assert 0.15 < share(dataset) < 0.25 and len(documents(dataset, "train") + documents(dataset, "val")) >= 34
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
+    lines = [f"Line {i}: caf\u00e9 \u4f60\u597d \U0001f642 once more.\n" for i in range(400)]
+    records = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
+    text = "".join(records if suffix == "jsonl" else lines)
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    source = write(tmp_path / f"d.{suffix}", mark + text.encode(encoding))
+    dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
+    assert 0.037 < share(dataset) < 0.063  # of the text, whatever its bytes in the file
+    if suffix == "jsonl":
+        assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(lines)
+    else:
+        assert text_of(dataset, "train") + text_of(dataset, "val") == text
+    assert ("UTF-16 or UTF-32: 1 file" in notes(dataset)) == (encoding != "utf-8-sig")
+
+
+def test_utf16_gives_the_data_set_of_the_same_text_in_utf8(tmp_path):
+    for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-16")):
+        write(tmp_path / name, BOOK.encode(encoding))
+        prepare(source=tmp_path / name, vocab_size=300, out_dir=tmp_path / encoding)
+    assert open_dataset(tmp_path / "utf-8").fingerprint == open_dataset(tmp_path / "utf-16").fingerprint
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "UTF-16 without a byte order mark: iconv"),
+        ("d.jsonl", '{"text": "x"}\n'.encode("utf-16-be") * 50, "UTF-16 without a byte order mark"),
+        ("d.txt", random.Random(0).randbytes(5000), "binary"),
+        ("d.txt", b"\x7fELF" + bytes(3000), "binary"),
+        ("d.txt.gz", b"anything", "compressed: unpack it first"),
+        ("d.md", b"", "empty"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, capsys, name, content, why):
+    source = write(tmp_path / "source" / name, content)
+    for given in (source, source.parent):
+        error = refused(capsys, "--source", given, "--tokenizer", "byte", "--out_dir", tmp_path / "out")
+        assert name in error and why in error
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_nothing_is_skipped_silently(tmp_path, capsys):
+    source = tmp_path / "source"
+    for i in range(8):
+        write(source / f"{i}.rst", "text that is read\n" * 20)
+        write(source / f"picture{i}.png", b"x")
+    write(source / "code.py", "print('read')\n")
+    write(source / "empty.txt", "")
+    write(source / "noise.md", random.Random(0).randbytes(5000))
+    write(source / "notes.txt.gz", b"x")
+    write(source / "LICENCE", "x")
+    write(source / ".git" / "config.txt", "hidden")
+    (source / "gone.txt").symlink_to("nowhere")
+    dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
+    (line,) = dataset.meta["notes"]
+    assert line.startswith("skipped: ") and line in capsys.readouterr().out
+    for part in (
+        ".png: 8 files (picture0.png, picture1.png, picture2.png, ...)",
+        "empty: 1 file (empty.txt)",
+        "binary: 1 file (noise.md)",
+        "compressed: unpack it first: 1 file (notes.txt.gz)",
+        "without a suffix: 1 file (LICENCE)",
+        "hidden: 1 file (.git)",
+        "unreadable: 1 file (gone.txt)",
+    ):
+        assert part in line
+    text = "".join(documents(dataset, "train") + documents(dataset, "val"))
+    assert text.count("text that is read") == 160 and text.count("print") == 1
+
+
+def test_a_single_file_of_text_may_have_any_name(tmp_path):
+    dataset = prepare(source=write(tmp_path / "server.log", BOOK), tokenizer="byte", out_dir=tmp_path / "out")
+    assert text_of(dataset, "train") + text_of(dataset, "val") == BOOK
+
+
+def test_linked_folders_are_followed_once_each_without_loops(tmp_path):
+    for i in range(3):
+        write(tmp_path / "big" / f"book{i}.txt", f"Book {i}. " + BOOK[:5000])
+        write(tmp_path / "source" / f"note{i}.txt", f"a small note {i}")
+    for name, target in (("books", "../big"), ("copy", "../big"), ("loop", "."), ("up", "..")):
+        (tmp_path / "source" / name).symlink_to(target)
+    (tmp_path / "source" / "twin.txt").symlink_to("note1.txt")
+    (tmp_path / "big" / "back").symlink_to("../source")
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    text = "".join(documents(dataset, "train") + documents(dataset, "val"))
+    assert all(text.count(f"Book {i}. ") == 1 and text.count(f"a small note {i}") == 1 for i in range(3))
+    assert "linked again" in notes(dataset) and "copy" in notes(dataset)
+
+
+def test_a_file_s_name_cannot_make_a_data_set_unreadable(tmp_path, capsys):
+    name = "Notes 2024-04-24 at 12.22.20\u202fPM\x1b[2J" + "x" * 150 + ".txt"
+    source = write(tmp_path / name, "one two three four five.\n" * 2000)
+    dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
+    assert dataset.meta["source"].startswith("Notes 2024-04-24 at 12.22.20 PM [2Jx")
+    main(["--info", str(tmp_path / "out")])
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
+def test_thousands_of_files_with_notes_make_a_small_meta(tmp_path):
+    for i in range(3000):
+        write(tmp_path / "source" / f"{'long' * 40} {i}.md", b"caf\xe9 %d\n" % i * 3)
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "meta.json").stat().st_size < 10_000
+    assert "replaced 9,000 bytes that are no UTF-8: 3,000 files (long" in notes(dataset)
+    assert "more than one byte in a thousand is no UTF-8" in notes(dataset)
+    open_dataset(tmp_path / "out", verify=True)
+
+
+def test_nothing_is_published_that_the_reader_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "printable", lambda text, length=100: text)
+    source = write(tmp_path / "a\u202fb.txt", PROSE)
+    arguments = ["--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out"]
+    assert "'source' is not a name" in refused(capsys, *arguments) and os.listdir(tmp_path) == [source.name]
+
+
+def test_end_of_text_in_a_txt_file_divides_documents(tmp_path):
+    stories = [f"Once there was a fox, number {i}.\n\nIt ran." for i in range(500)]
+    source = write(tmp_path / "stories.txt", "".join(f"{story}\n<|endoftext|>\n" for story in stories))
+    dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
+    assert documents(dataset, "train") + documents(dataset, "val") == stories and 0.04 < share(dataset) < 0.06
+    assert "divided into documents at 500 <|endoftext|> in 1 file (stories.txt)" in notes(dataset)
+    code = write(tmp_path / "code.py", source.read_text())  # elsewhere it is text
+    dataset = prepare(source=code, tokenizer="byte", out_dir=tmp_path / "code")
+    assert text_of(dataset, "train") + text_of(dataset, "val") == source.read_text() and not notes(dataset)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_division_does_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    parts = ["".join(rng.choices(["ab", " ", "\n", "<|", "<|endof", "\u4f60"], k=rng.randrange(30))) for _ in range(8)]
+    source = write(tmp_path / "d.txt", END_OF_TEXT.join(parts))
+    (file,), _ = sources.find_texts(source)
+    found = {}
+    for size in (1 << 20, 50, 17):
+        monkeypatch.setattr(sources, "PIECE", size)
+        whole, current = [], ""
+        for text, ends in file.texts():
+            current += text
+            if ends:
+                whole, current = [*whole, current], ""
+        assert not current and file.divisions == 7
+        found[size] = whole
+    expected = [parts[0].rstrip(), *(part.strip() for part in parts[1:])]
+    assert found[1 << 20] == [text for text in expected if text.strip()]
+    for size in (50, 17):  # white space at the end of a document may fall into a piece of its own
+        assert [text.rstrip() for text in found[size]] == found[1 << 20]
 
 
 def test_jsonl_is_split_by_record_and_equal_records_stay_together(tmp_path):
     texts = [f"record {i % 200}" for i in range(400)] + ["caf\u00e9 \ud800 \U0001f642"]
-    (tmp_path / "d.jsonl").write_text("\n\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)) + "\n")
+    (tmp_path / "d.jsonl").write_text(
+        "\n\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)) + "\n"
+    )
     dataset = prepare(source=str(tmp_path / "d.jsonl"), tokenizer="byte", out_dir=tmp_path / "out", val_fraction=0.2)
     train, val = documents(dataset, "train"), documents(dataset, "val")
     assert sorted(train + val) == sorted(text.replace("\ud800", "\ufffd") for text in texts)
     assert not set(train) & set(val) and len(val) > 20
 
 
-@pytest.mark.parametrize("line, why", [("{", "not JSON"), ("3", 'string in "text"'), ('{"text": 3}', 'string in "text"'), ("[" * 10**5, "not JSON"),
-                                       ('{"tex": "a"}', 'string in "text"')])
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ("{", "not JSON"),
+        ("3", 'string in "text"'),
+        ('{"text": 3}', 'string in "text"'),
+        ("[" * 10**5, "not JSON"),
+        ('{"tex": "a"}', 'string in "text"'),
+    ],
+)
 def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line, why):
     (tmp_path / "d.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
-    assert main(["--source", str(tmp_path / "d.jsonl"), "--out_dir", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert re.match(rf"error: .*d\.jsonl, line 3: .*{why}", error) and error.count("\n") == 1
+    error = refused(capsys, "--source", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out")
+    assert re.match(rf"error: .*d\.jsonl, line 3: .*{why}", error)
     assert os.listdir(tmp_path) == ["d.jsonl"]
 
 
@@ -346,21 +622,30 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"good \xff\xfe bad \xc3\xa9 \xef\xbf\xbd end\r\n" * 10)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="byte", out_dir=tmp_path / "out")
     assert text_of(dataset, "train") + text_of(dataset, "val") == "good \ufffd\ufffd bad \u00e9 \ufffd end\r\n" * 10
-    assert dataset.meta["invalid_utf8_bytes_replaced"] == {"d.txt": 20}
+    assert "replaced 20 bytes that are no UTF-8: 1 file (d.txt)\nmore than one byte in a thousand" in notes(dataset)
 
 
-@pytest.mark.parametrize("text", ["a\n" * 50_000, "word " * 30_000, "x" * 150_000, "\u4f60\U0001f642" * 30_000, "\n" * 100_000, "ab"])
+@pytest.mark.parametrize(
+    "text", ["a\n" * 50_000, "word " * 30_000, "x" * 150_000, "\u4f60\U0001f642" * 30_000, "\n" * 100_000, "ab"]
+)
 def test_pieces_and_the_cut_lose_nothing(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(prepare_module, "PIECE", 1 << 12)
+    monkeypatch.setattr(sources, "PIECE", 1 << 12)
     (tmp_path / "d.txt").write_text(text)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="byte", out_dir=tmp_path / "out", val_fraction=0.1)
     assert text_of(dataset, "train") + text_of(dataset, "val") == text
 
 
-@pytest.mark.parametrize("name, unit", [("lines.txt", "some words and a number 12345\n"), ("one_line.txt", "letters"),
-                                        ("records.jsonl", '{"text": "%d %s"}\n')])
+@pytest.mark.parametrize(
+    "name, unit",
+    [
+        ("lines.txt", "some words and a number 12345\n"),
+        ("one_line.txt", "letters"),
+        ("records.jsonl", '{"text": "%d %s"}\n'),
+    ],
+)
 def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
     """With pieces of 32 KiB, a text of 6 MB passes through less than 2 MB of memory."""
+    monkeypatch.setattr(sources, "PIECE", 1 << 15)
     monkeypatch.setattr(prepare_module, "PIECE", 1 << 15)
     monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 1 << 16)
     with open(tmp_path / name, "w") as file:
@@ -368,7 +653,8 @@ def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
             file.write(unit % (i, "words " * 16_000) if "%" in unit else unit * (100_000 // len(unit)))
     tracemalloc.start()
     try:
-        prepare(source=str(tmp_path / name), vocab_size=300, out_dir=tmp_path / "out")
+        corpus = sources.local_corpus(tmp_path / name, 0.05, 0)
+        prepare_module.write_tokens(corpus, train_bpe(prepare_module.sample(corpus), 300), tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
@@ -376,10 +662,24 @@ def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
 
 def test_the_tokenizer_learns_from_a_sample_of_the_training_side_spread_over_all_of_it(monkeypatch):
     monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 1000)
-    corpus = prepare_module.Corpus(lambda: (("val" if i % 10 == 0 else "train", f"{i:010}", True) for i in range(10_000)), 100_000)
-    sample = [int(text) for text in prepare_module._sample(corpus)]
+    corpus = sources.Corpus(
+        lambda: (("val" if i % 10 == 0 else "train", f"{i:010}", True) for i in range(10_000)), 100_000
+    )
+    sample = [int(text) for text in prepare_module.sample(corpus)]
     assert 80 <= len(sample) <= 100 and all(i % 10 for i in sample)
     assert sample[0] < 200 and sample[-1] > 9800 and max(np.diff(sample)) < 200
+
+
+def test_a_vocabulary_is_learned_from_a_few_long_records(tmp_path, monkeypatch):
+    """Three books, each longer than what the tokenizer is learned from."""
+    monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 1 << 17)
+    rng, words = random.Random(1), "the cat walked slowly under blue stone and river water while birds sang".split()
+    books = [" ".join(rng.choices(words, k=count)) for count in (80_000, 48_000, 32_000)]
+    write(tmp_path / "books.jsonl", "".join(json.dumps({"text": book}) + "\n" for book in books))
+    for seed in range(4):
+        settings = dict(vocab_size=300, val_fraction=0.3, seed=seed, overwrite=True)
+        dataset = prepare(source=tmp_path / "books.jsonl", out_dir=tmp_path / "out", **settings)
+        assert dataset.vocab_size == train_bpe(books, 300).vocab_size == 300 and 0.22 < share(dataset) < 0.38
 
 
 def test_vocabularies_above_65536_are_written_as_uint32(tmp_path, monkeypatch):
@@ -387,11 +687,13 @@ def test_vocabularies_above_65536_are_written_as_uint32(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "load_tokenizer", lambda path: Wide())
     (tmp_path / "d.txt").write_text("hello " * 100)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="wide", out_dir=tmp_path / "out")
-    assert dataset.meta["dtype"] == "uint32" and dataset.train.dtype == np.dtype("<u4") and dataset.train.max() == 100_000
+    assert (
+        dataset.meta["dtype"] == "uint32" and dataset.train.dtype == np.dtype("<u4") and dataset.train.max() == 100_000
+    )
     assert text_of(open_dataset(tmp_path / "out", verify=True), "val") == text_of(dataset, "val")
 
 
-class Wide(prepare_module.Tokenizer):
+class Wide(Tokenizer):
     name, vocab_size, end_of_text = "wide", 100_001, 100_000
 
     def _encode(self, texts):
@@ -416,42 +718,67 @@ def library(tmp_path, monkeypatch):
     root = tmp_path / "lib"
     licence = "# Copyright 1999 by Somebody.\n# Licensed under terms.\n\n"
     for i in range(40):
-        body = f'def function_{i}(argument, other=None):\n    """What function {i} does with words {i * 7}."""\n    return argument * {i}\n\n' * 3
-        write(root / f"module_{i}.py", f'#!/usr/bin/env python\n{licence}"""Module number {i}.\n\n{REPEATED}\n"""\n\n{body}')
+        function = f'def function_{i}(argument, other=None):\n    """What function {i} does with words {i * 7}."""\n'
+        body = f"{function}    return argument * {i}\n\n" * 3
+        write(
+            root / f"module_{i}.py",
+            f'#!/usr/bin/env python\n{licence}"""Module number {i}.\n\n{REPEATED}\n"""\n\n{body}',
+        )
     write(root / "twin.py", (root / "module_3.py").read_text())
-    write(root / "table.py", "TABLE = {\n" + "".join(f"    {i}: 'row',\n" for i in range(200)) + "}\n\n" + "def keep():\n    return 'kept'\n\n" * 20)
+    write(
+        root / "table.py",
+        "TABLE = {\n"
+        + "".join(f"    {i}: 'row',\n" for i in range(200))
+        + "}\n\n"
+        + "def keep():\n    return 'kept'\n\n" * 20,
+    )
     write(root / "broken.py", "def (:\n" * 60)
-    for skipped in ("test/test_a.py", "json/tests/t.py", "site-packages/p.py", "lib2to3/f.py", "encodings/cp1.py", "_sysconfigdata_x.py"):
+    for skipped in (
+        "test/test_a.py",
+        "json/tests/t.py",
+        "site-packages/p.py",
+        "lib2to3/f.py",
+        "encodings/cp1.py",
+        "_sysconfigdata_x.py",
+    ):
         write(root / skipped, f"SKIPPED = '{skipped}'\n" * 30)
     get_path = sysconfig.get_path
-    monkeypatch.setattr(sysconfig, "get_path", lambda name, *rest: str(root) if name == "stdlib" else get_path(name, *rest))
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name, *rest: str(root) if name == "stdlib" else get_path(name, *rest)
+    )
     return root
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def test_library_sources_are_cleaned_and_skipped_as_promised(library):
     texts = [text for _, text, _ in python_corpus("code", 0.05, 0).documents()]
     everything = "\n".join(texts)
     assert len(texts) == 41 and len(set(texts)) == 41  # forty modules and the table's; one twin
-    assert "SKIPPED" not in everything and "Copyright" not in everything and "#!" not in everything and "'row'" not in everything
+    assert (
+        "SKIPPED" not in everything
+        and "Copyright" not in everything
+        and "#!" not in everything
+        and "'row'" not in everything
+    )
     assert "kept" in everything and '"""Module number 7.' in everything and everything.count(REPEATED) == 40
 
 
 def test_prose_is_docstrings_under_titles_each_paragraph_once(library):
     texts = [text for _, text, _ in python_corpus("prose", 0.05, 0).documents()]
-    assert any("module_5\n========\n\nModule number 5.\n\nmodule_5.function_5(argument, other=None)\n\nWhat function 5" in text for text in texts)
+    assert any(
+        "module_5\n========\n\nModule number 5.\n\nmodule_5.function_5(argument, other=None)\n\nWhat function 5" in text
+        for text in texts
+    )
     assert "\n".join(texts).count(REPEATED) == 1
     assert not any("return argument" in text for text in texts)
 
 
 def test_all_text_of_a_module_is_on_the_same_side_whatever_else_there_is(library):
     def side(content):
-        return {int(match[1]): split for split, text, _ in python_corpus(content, 0.3, 0).documents()
-                if (match := re.search(r"function_(\d+)\(", text)) and "function" in text}
+        return {
+            int(match[1]): split
+            for split, text, _ in python_corpus(content, 0.3, 0).documents()
+            if (match := re.search(r"function_(\d+)\(", text)) and "function" in text
+        }
 
     prose, both = side("prose"), side("both")
     assert prose == {i: both[i] for i in prose} and set(both.values()) == {"train", "val"}
@@ -465,15 +792,15 @@ def test_all_text_of_a_module_is_on_the_same_side_whatever_else_there_is(library
 def test_stripped_distributions_use_what_is_there_and_say_what_is_missing(library, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     corpus = python_corpus("both", 0.05, 0)
-    assert "topics" in corpus.notes["missing"][0] and corpus.notes["bytes_of"]["code"] > 0
+    assert "topics" in corpus.meta["missing"][0] and corpus.meta["bytes_of"]["code"] > 0
     archive = tmp_path / "python399.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in library.rglob("*.py"):
             file.write(path, path.relative_to(library).as_posix())
-    zipped_alike = python_corpus("code", 0.05, 0).notes["bytes_of"]
+    zipped_alike = python_corpus("code", 0.05, 0).meta["bytes_of"]
     shutil.rmtree(library)
     monkeypatch.setattr(sys, "path", [*sys.path, str(archive)])
-    assert python_corpus("code", 0.05, 0).notes["bytes_of"] == zipped_alike
+    assert python_corpus("code", 0.05, 0).meta["bytes_of"] == zipped_alike
     archive.unlink()
     with pytest.raises(ValueError, match="neither its sources nor .*--source FILE_OR_FOLDER"):
         python_corpus("both", 0.05, 0)
@@ -485,115 +812,90 @@ def test_the_real_library_makes_a_data_set(tmp_path):
     if not dataset.meta["missing"]:
         assert sum(entry["bytes"] for entry in dataset.meta["splits"].values()) > 1_000_000
         assert 0.01 < dataset.meta["splits"]["val"]["bytes"] / dataset.meta["splits"]["train"]["bytes"] < 0.15
-    assert main(["--info", str(tmp_path / "python")]) == 0
+    main(["--info", str(tmp_path / "python")])
 
 
 # --- Nothing lost, nothing half there ---
 
 
-def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(prepared, monkeypatch, tmp_path):
+def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(prepared, monkeypatch, tmp_path, capsys):
     (tmp_path / "d.txt").write_text(PROSE)
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
 
-    def full(file):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "_sync", full)
-    assert main(["--source", str(tmp_path / "d.txt"), "--out_dir", str(prepared), "--overwrite", "--tokenizer", "byte"]) == 2
+    monkeypatch.setattr(prepare_module, "write_atomically", full)
+    arguments = ["--source", tmp_path / "d.txt", "--out_dir", prepared, "--overwrite", "--tokenizer", "byte"]
+    assert "No space left" in refused(capsys, *arguments)
     assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.skipif(prepare_module.fcntl is None, reason="needs locks that end with their process")
 def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
-    (tmp_path / "d.txt").write_text(PROSE * 30)
-    process = start("--source", tmp_path / "d.txt", "--out_dir", tmp_path / "out")
+    write(tmp_path / "d.txt", PROSE * 30)
+    command = [sys.executable, PROGRAM, "--source", tmp_path / "d.txt", "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob(".out.new-*")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         time.sleep(0.01)
-    (left,) = tmp_path.glob(".out.new-*")
-    (tmp_path / "small.txt").write_text(PROSE[:2000])
-    living = ["--source", str(tmp_path / "small.txt"), "--out_dir", str(tmp_path / "out"), "--tokenizer", "byte"]
-    prepare_module._clean_up(tmp_path / "out")
-    assert left.exists()  # a living run is left alone
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert left.exists() and not (tmp_path / "out").exists()
-    assert main(living) == 0 and not left.exists()
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "small.txt", PROSE[:2000])
+    prepare(source=tmp_path / "small.txt", out_dir=tmp_path / "out", tokenizer="byte")
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "out", "small.txt"]
     open_dataset(tmp_path / "out", verify=True)
 
 
-def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path):
-    (tmp_path / ".prepared.old-x").mkdir()
-    prepared.rename(tmp_path / ".prepared.old-x" / "replaced")
-    (tmp_path / "d.txt").write_text(PROSE[:2000])
-    assert main(["--source", str(tmp_path / "d.txt"), "--out_dir", str(prepared)]) == 2  # it holds a data set again
-    open_dataset(prepared, verify=True)
+def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path, capsys, monkeypatch):
+    write(tmp_path / "d.txt", PROSE[:2000])
+    rename = os.rename
 
+    def killed(source, target):
+        if Path(target) == prepared:
+            raise KeyboardInterrupt
+        rename(source, target)
 
-@pytest.mark.skipif(prepare_module.fcntl is None, reason="needs locks")
-def test_renaming_is_done_by_one_program_at_a_time(tmp_path):
-    entered = threading.Event()
-
-    def second():
-        with prepare_module._alone_in(tmp_path):
-            entered.set()
-
-    with prepare_module._alone_in(tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert not entered.wait(0.2)
-    assert entered.wait(5)
-    thread.join()
-
-
-def test_two_runs_on_one_folder_both_end_with_a_whole_data_set(tmp_path):
-    sources = []
-    for i in (1, 2):
-        (tmp_path / f"{i}.txt").write_text(PROSE * i)
-        sources.append(["--source", tmp_path / f"{i}.txt", "--out_dir", tmp_path / "out", "--tokenizer", "byte"])
-    processes = [start(*source, "--overwrite") for source in sources * 2]
-    for process in processes:
-        output, error = process.communicate(timeout=60)
-        assert process.returncode == 0, error
-    dataset = open_dataset(tmp_path / "out", verify=True)
-    assert text_of(dataset, "train") + text_of(dataset, "val") in (PROSE, PROSE * 2)
-    assert sorted(os.listdir(tmp_path)) == ["1.txt", "2.txt", "out"]
+    arguments = ["--source", str(tmp_path / "d.txt"), "--tokenizer", "byte", "--out_dir", str(prepared)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        main([*arguments, "--overwrite"])
+    assert not prepared.exists()
+    assert "holds a data set; add --overwrite" in refused(capsys, *arguments)
+    assert open_dataset(prepared, verify=True).vocab_size == 400
+    main([*arguments, "--overwrite"])
+    assert open_dataset(prepared, verify=True).vocab_size == 257
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
 
 
 # --- Bad input ---
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--vocab_size", "many"], "--vocab_size"),
-    (["--vocab_size", "256"], "--vocab_size 256 is not between 257"),
-    (["--vocab_size", "512", "--tokenizer", "byte"], "--vocab_size is for --tokenizer bpe"),
-    (["--source", "no/such/file.txt"], "no/such/file.txt: neither python, shakespeare"),
-    (["--source", ""], "neither python"),
-    (["--tokenizer", "gpt9"], "no tokenizer 'gpt9'"),
-    (["--tokenizer", "hf:nowhere"], "nowhere"),
-    (["--content", "poems"], "--content"),
-    (["--source", "shakespeare", "--content", "prose"], "--content is for --source python"),
-    (["--shards", "3"], "--shards is for"),
-    (["--source", "fineweb-edu", "--shards", "15"], "from 1 to 14"),
-    (["--val_fraction", "0"], "--val_fraction 0.0"),
-    (["--val_fraction", "nan"], "--val_fraction nan"),
-    (["--info", "nowhere"], "no data set at nowhere"),
-    (["--over"], "unrecognized arguments: --over"),
-])
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--vocab_size", "many"], "--vocab_size"),
+        (["--vocab_size", "256"], "vocab_size must be at least 257 and at most 1048576, not 256"),
+        (["--vocab_size", "512", "--tokenizer", "byte"], "--vocab_size is for --tokenizer bpe"),
+        (["--source", "no/such/file.txt"], "no/such/file.txt: neither python, shakespeare"),
+        (["--source", ""], "neither python"),
+        (["--tokenizer", "gpt9"], "no tokenizer 'gpt9'"),
+        (["--tokenizer", "hf:nowhere"], "nowhere"),
+        (["--content", "poems"], "--content"),
+        (["--source", "shakespeare", "--content", "prose"], "--content is for --source python"),
+        (["--shards", "3"], "--shards is for"),
+        (["--source", "fineweb-edu", "--shards", "15"], "shards must be at least 1 and at most 14"),
+        (["--val_fraction", "0"], "val_fraction must be above 0 and at most 0.5, not 0.0"),
+        (["--val_fraction", "nan"], "val_fraction"),
+        (["--info", "nowhere"], "no data set at nowhere"),
+        (["--over"], "unrecognized arguments: --over"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main([*arguments, "--out_dir", "out"])
-    except SystemExit as stop:
-        code = stop.code
-    out, error = capsys.readouterr()
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and why in error and not out
+    assert why in refused(capsys, *arguments, "--out_dir", "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -601,35 +903,184 @@ def test_folders_that_are_in_the_way_are_refused_and_untouched(prepared, tmp_pat
     (tmp_path / "d.txt").write_text(PROSE[:2000])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.doc").write_text("years of work")
-    for out, why in ((tmp_path / "thesis", "not a prepared data set"), (tmp_path / "d.txt", "not a prepared data set"), (prepared, "--overwrite")):
-        for extra in ([], ["--overwrite"]) if out != prepared else ([],):
-            assert main(["--source", str(tmp_path / "d.txt"), "--out_dir", str(out), *extra]) == 2
-            assert why in capsys.readouterr().err
+    source = ["--source", tmp_path / "d.txt", "--out_dir"]
+    for out in (tmp_path / "thesis", tmp_path / "d.txt"):
+        for extra in ([], ["--overwrite"]):
+            assert "not a prepared data set" in refused(capsys, *source, out, *extra)
+    assert "--overwrite" in refused(capsys, *source, prepared)
     (prepared / "notes.md").write_text("mine")
-    assert main(["--source", str(tmp_path / "d.txt"), "--out_dir", str(prepared), "--overwrite"]) == 2
-    assert "holds 'notes.md' beside the data set" in capsys.readouterr().err
+    assert "holds 'notes.md' beside the data set" in refused(capsys, *source, prepared, "--overwrite")
     assert (tmp_path / "thesis" / "chapter.doc").read_text() == "years of work"
     open_dataset(prepared, verify=True)
 
 
 def test_empty_sources_are_refused(tmp_path, capsys):
-    (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
-    (tmp_path / "picture.png").write_bytes(b"x")
-    for source in ("empty.txt", "folder", "picture.png"):
-        assert main(["--source", str(tmp_path / source), "--out_dir", str(tmp_path / "out")]) == 2
-        assert "no text in .jsonl, .md, .txt files" in capsys.readouterr().err
+    write(tmp_path / "pictures" / "picture.png", b"x")
+    write(tmp_path / "records.jsonl", '{"text": ""}\n')
+    for source in ("folder", "pictures", "records.jsonl"):
+        error = refused(capsys, "--source", tmp_path / source, "--out_dir", tmp_path / "out")
+        assert "no text in .txt, .md, .rst, .py, .jsonl files there" in error
 
 
 def test_programs_run_alone_from_anywhere(pristine, tmp_path):
-    for arguments in ([PROGRAM, "--info", pristine], [PROGRAM, "--help"], [dataset_module.__file__], [prepare_module.DATA / "tokenizer.py"]):
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    programs = (
+        [PROGRAM, "--info", pristine],
+        [PROGRAM, "--help"],
+        [dataset_module.__file__],
+        [tokenizer_module.__file__],
+    )
+    for arguments in programs:
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
 
 
 def test_data_does_not_import_torch():
     code = "import sys; import data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent.parent).returncode == 0
+
+
+# --- Token files that exist ---
+
+
+def shard(tokens, magic=20240520, version=1, count=None, dtype="<u2"):
+    """A file as llm.c and modded-nanogpt write it."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens, dtype).tobytes()
+
+
+IDS = np.random.default_rng(0).integers(0, 256, 5000)
+IDS[::50] = 256  # the byte tokenizer's end of text
+
+
+def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    array = np.memmap(source / "train.bin", dtype=np.uint16, mode="w+", shape=(4000,))  # as nanoGPT's prepare.py writes
+    array[:] = IDS[:4000]
+    array.flush()
+    IDS[4000:].astype(np.uint16).tofile(source / "val.bin")
+    dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
+    theirs = np.memmap(source / "train.bin", dtype=np.uint16, mode="r")  # as nanoGPT's train.py reads
+    assert (dataset.train == theirs).all() and (dataset.val == IDS[4000:]).all()
+    assert os.path.samefile(tmp_path / "out" / "train.bin", source / "train.bin")
+    entry = dataset.meta["splits"]["train"]
+    assert entry["documents"] == 80 and entry["bytes"] == 4000 - 80 and entry["tokens"] == 4000
+    assert dataset.bits_per_byte(1.0) == pytest.approx(1000 / 980 / math.log(2))
+    main(["--info", str(tmp_path / "out")])
+    shutil.move(source, tmp_path / "elsewhere")
+    assert "which is gone" in refused(capsys, "--info", tmp_path / "out")
+
+
+@pytest.mark.parametrize("cuts", [[4000], [1, 2, 3, 1000, 2500, 4000], [1999, 4000]])
+def test_several_shards_are_one_stream(tmp_path, cuts):
+    for i, (start, end) in enumerate(zip([0, *cuts], cuts)):
+        write(tmp_path / "source" / f"fineweb_train_{i:06}.bin", shard(IDS[start:end]))
+    write(tmp_path / "source" / "fineweb_val_000000.bin", shard(IDS[4000:]))
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out", verify=True)
+    assert len(dataset.train) == 4000 and (np.asarray(dataset.train) == IDS[:4000]).all()
+    for block in (1, 7, 64, 3999):
+        ours, theirs = (WindowSampler(tokens, block, seed=3) for tokens in (dataset.train, IDS[:4000]))
+        for step in range(20):
+            for one, other in zip(ours.batch(step, 4), theirs.batch(step, 4)):
+                assert one.dtype == other.dtype and (one == other).all()
+        for one, other in zip(validation_windows(dataset.train, block, 9), validation_windows(IDS[:4000], block, 9)):
+            assert (one == other).all()
+    one_file = tmp_path / "one_file"
+    write(one_file / "train.bin", IDS[:4000].astype("<u2").tobytes())
+    write(one_file / "val.bin", IDS[4000:].astype("<u2").tobytes())
+    assert prepare(source=one_file, tokenizer="byte", out_dir=tmp_path / "o").fingerprint == dataset.fingerprint
+
+
+def test_shards_slice_as_one_array():
+    whole, rng = np.arange(100, dtype=np.uint16), random.Random(0)
+    shards = Shards([whole[:1], whole[1:40], whole[40:41], whole[41:]])
+    assert len(shards) == 100 and shards.nbytes == 200 and list(shards) == list(whole) and shards[-1] == 99
+    for _ in range(500):
+        piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)), rng.choice([None, None, 1, 3, -1]))
+        assert (shards[piece] == whole[piece]).all() and len(shards[piece]) == len(whole[piece])
+
+
+def test_llama_3_shards_have_four_bytes_an_id(tmp_path):
+    for split, ids in (("train", IDS[:4000]), ("val", IDS[4000:])):
+        write(tmp_path / "source" / f"tiny_{split}.bin", shard(ids, 20240801, 7, dtype="<u4"))
+    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    assert dataset.meta["dtype"] == "uint32" and (dataset.train == IDS[:4000]).all()
+
+
+@pytest.mark.parametrize(
+    "files, why",
+    [
+        ({"a_train_0.bin": shard(IDS)}, "none for val"),
+        ({"train.bin": b"abc", "val.bin": b"abcd"}, "train.bin has 3 bytes, and ids of two bytes make an even number"),
+        ({"train.bin": b"", "val.bin": b"abcd"}, "train.bin has 0 bytes"),
+        (
+            {"a_train_0.bin": shard(IDS)[:-2], "a_val_0.bin": shard(IDS)},
+            "a_train_0.bin has 11022 bytes, and its header",
+        ),
+        ({"a_train_0.bin": shard(IDS) + b"ab", "a_val_0.bin": shard(IDS)}, "a_train_0.bin has 11026 bytes"),
+        ({"a_train_0.bin": shard(IDS, count=-1), "a_val_0.bin": shard(IDS)}, "a_train_0.bin"),
+        (
+            {"a_train_0.bin": shard([1]), "a_train_1.bin": b"ab", "a_val_0.bin": shard([1])},
+            "a_train_1.bin is one of sev",
+        ),
+        (
+            {"a_train_0.bin": shard([1, 300]), "a_val_0.bin": shard(IDS)},
+            "holds token id 300, outside the vocabulary of 257",
+        ),
+        ({"train.bin": b"ab", "val.bin": b"ab", "meta.json": b"{}"}, "is a prepared data set already"),
+        ({"a_train.bin": shard([1], 20240801, 7, dtype="<u4"), "a_val.bin": shard(IDS)}, "ids of different width"),
+    ],
+)
+def test_token_files_that_cannot_be_right_are_refused(tmp_path, capsys, files, why):
+    for name, content in files.items():
+        write(tmp_path / "source" / name, content)
+    arguments = ["--source", tmp_path / "source", "--tokenizer", "byte", "--out_dir", tmp_path / "out"]
+    assert why in refused(capsys, *arguments) and os.listdir(tmp_path) == ["source"]
+
+
+def test_a_changed_shard_is_refused(tmp_path):
+    for name in ("a_train_0.bin", "a_train_1.bin", "a_val_0.bin"):
+        write(tmp_path / "source" / name, shard(IDS))
+    prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
+    for content, why in (
+        (shard(IDS[::-1]), "SHA-256"),
+        (shard(IDS[1:]), "truncated or changed"),
+        (shard(IDS, 7), "changed"),
+    ):
+        write(tmp_path / "source" / "a_train_1.bin", content)
+        with pytest.raises(ValueError, match=why):
+            open_dataset(tmp_path / "out")
+
+
+def test_a_pickle_beside_token_files_is_not_opened(tmp_path, capsys):
+    source = tmp_path / "source"
+    for name in ("train.bin", "val.bin"):
+        write(source / name, IDS.astype("<u2").tobytes())
+    write(source / "meta.pkl", b"cos\nsystem\n(S'touch opened'\ntR.")
+    out = ["--source", source, "--out_dir", tmp_path / "out"]
+    assert "meta.pkl may hold a vocabulary, and is not opened: say which" in refused(capsys, *out)
+    assert "name it with --tokenizer" in refused(capsys, *out, "--tokenizer", "bpe")
+    main([*map(str, out), "--tokenizer", "byte"])
+    assert open_dataset(tmp_path / "out").tokenizer.name == "byte" and not Path("opened").exists()
+
+
+# --- Tokenizers that exist ---
+
+
+def test_a_data_set_for_a_trained_model_has_its_tokenizer(pristine, tmp_path):
+    """`--tokenizer RUN`: train.py saves the tokenizer of its data, and compares SHA-256s when it goes on from a run."""
+    first = open_dataset(pristine)
+    (tmp_path / "run").mkdir()
+    saved = first.tokenizer.save(tmp_path / "run")
+    write(tmp_path / "notes.txt", "Quite other text, which would have another vocabulary.\n" * 50)
+    for spec in (pristine, tmp_path / "run", tmp_path / "run" / "tokenizer.json"):
+        dataset = prepare(source=tmp_path / "notes.txt", tokenizer=spec, out_dir=tmp_path / "out", overwrite=True)
+        assert dataset.meta["tokenizer"] == first.meta["tokenizer"] == saved
+        assert hashlib.sha256((tmp_path / "run" / "tokenizer.json").read_bytes()).hexdigest() == saved["sha256"]
 
 
 # --- Downloads ---
@@ -641,32 +1092,15 @@ SHA256 = hashlib.sha256(FILE).hexdigest()
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves FILE; `breaks` connections break half-way, `ranges` says whether Range is honoured."""
 
-    breaks, ranges, delay, linked, status, requests = 0, True, 0.0, None, None, []
+    breaks, ranges, status, requests = 0, True, None, []
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         cls = type(self)
-        cls.requests.append(self.headers.get("Range"))
-        if self.path == "/redirect":
-            self.send_response(302)
-            self.send_header("Location", "/file")
-            self.send_header("X-Linked-Etag", f'"{cls.linked}"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        time.sleep(cls.delay)
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(wanted[1]) if wanted and cls.ranges else 0
-        if cls.status or start >= len(FILE):
-            self.send_response(cls.status or 416)
-            self.send_header("Content-Range", f"bytes */{len(FILE)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = FILE[start:]
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(FILE) - 1}/{len(FILE)}")
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        cls.requests.append(start)
+        body = FILE[start if cls.ranges else 0 :]
+        self.send_response(cls.status or (206 if cls.ranges else 200))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if cls.breaks:
@@ -680,12 +1114,11 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download_module, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
+def server():
     handler = type("Handler", (Server,), {"requests": []})
     instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    instance.handle_error = lambda *_: None  # of a client that gave up, as some tests do: printed, it would fall into a later test
-    handler.url = f"http://127.0.0.1:{instance.server_address[1]}"
+    instance.handle_error = lambda *_: None  # of a client that gave up: printed, it would fall into a later test
+    handler.url = f"http://127.0.0.1:{instance.server_address[1]}/file"
     thread = threading.Thread(target=instance.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield handler
@@ -695,119 +1128,87 @@ def server(monkeypatch):
 
 def test_download_is_checked_and_done_once(server, tmp_path):
     path = tmp_path / "cache" / "file"
-    assert SHA256 in download(server.url + "/file", path, len(FILE), SHA256)
-    assert path.read_bytes() == FILE and os.listdir(path.parent) == ["file"]
-    download(server.url + "/file", path, len(FILE), SHA256)
-    assert len(server.requests) == 1
+    for _ in range(2):
+        download(server.url, path, len(FILE), SHA256)
+        assert path.read_bytes() == FILE and os.listdir(path.parent) == ["file"] and len(server.requests) == 1
     path.write_bytes(FILE[:-1] + b"x")
-    with pytest.raises(ValueError, match="SHA-256.*remove it"):
-        download(server.url + "/file", path, len(FILE), SHA256)
+    with pytest.raises(ValueError, match="not the expected file.*remove it"):
+        download(server.url, path, len(FILE), SHA256)
 
 
-def test_download_goes_on_where_connections_broke(server, tmp_path):
-    server.breaks = 3
-    download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE
-    assert [int(request[6:-1]) if request else 0 for request in server.requests] == [0, 150_000, 225_000, 262_500]
-
-
-def test_download_goes_on_from_the_part_of_an_earlier_run(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(FILE[:1000])
-    download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert server.requests == ["bytes=1000-"] and (tmp_path / "file").read_bytes() == FILE
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_where_it_broke(server, tmp_path, ranges):
+    server.breaks, server.ranges = 1, ranges
+    with pytest.raises(
+        OSError, match="150,000 of 300,000 bytes are kept, run it again.*--source FILE.*--source python"
+    ):
+        download(server.url, tmp_path / "file", len(FILE), SHA256)
+    assert os.listdir(tmp_path) == ["file.part"]
+    download(server.url, tmp_path / "file", len(FILE), SHA256)
+    assert (tmp_path / "file").read_bytes() == FILE and server.requests == [0, 150_000]
     (tmp_path / "file").rename(tmp_path / "file.part")  # complete, only not renamed yet
-    download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE and os.listdir(tmp_path) == ["file"]
-    (tmp_path / "file").unlink()
-    (tmp_path / "file.part").write_bytes(FILE + b"more")
-    download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE
-
-
-def test_download_from_a_server_that_ignores_ranges_starts_anew(server, tmp_path):
-    server.ranges = False
-    (tmp_path / "file.part").write_bytes(b"wrong" * 100)
-    download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE
+    download(server.url, tmp_path / "file", len(FILE), SHA256)
+    assert os.listdir(tmp_path) == ["file"] and len(server.requests) == 2
 
 
 def test_download_of_another_file_is_refused_and_removed(server, tmp_path):
-    with pytest.raises(ValueError, match="SHA-256"):
-        download(server.url + "/file", tmp_path / "file", len(FILE), "0" * 64)
-    with pytest.raises(ValueError, match="300,000 bytes where 300,001 are expected"):
-        download(server.url + "/file", tmp_path / "file", len(FILE) + 1, SHA256)
-    (tmp_path / "file.part").write_bytes(b"x" * 1000)  # a part of something else
-    with pytest.raises(ValueError, match="SHA-256"):
-        download(server.url + "/file", tmp_path / "file", len(FILE), SHA256)
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_hash_a_hub_names_on_the_way_is_compared(server, tmp_path):
-    server.linked = SHA256
-    assert download(server.url + "/redirect", tmp_path / "file") == f"sha256 {SHA256} named by the server"
-    server.linked = "0" * 64
-    with pytest.raises(ValueError, match="SHA-256"):
-        download(server.url + "/redirect", tmp_path / "other")
-    assert download(server.url + "/file", tmp_path / "third") == "length only"
-
-
-def test_download_gives_up_in_one_line(server, tmp_path):
-    server.delay = 1.0
-    with pytest.raises(OSError, match="timed out.*--source FILE.*--source python") as caught:
-        download(server.url + "/file", tmp_path / "file", timeout=0.1)
-    assert "\n" not in str(caught.value) and len(server.requests) == 3
-    server.delay, server.status = 0.0, 404
-    with pytest.raises(OSError, match="HTTP 404"):
-        download(server.url + "/file", tmp_path / "file")
-    assert len(server.requests) == 4 and os.listdir(tmp_path) == []  # no second try, nothing left
-    server.status, server.breaks = None, 10**6
-    (tmp_path / "file.part").write_bytes(FILE[:-1])
-    with pytest.raises(OSError, match="299,999 bytes are kept, run it again"):
-        download(server.url + "/file", tmp_path / "file")
-    assert (tmp_path / "file.part").read_bytes() == FILE[:-1]
-
-
-@pytest.mark.skipif(download_module.fcntl is None, reason="needs locks that end with their process")
-def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
-    with open(tmp_path / "file.part", "wb") as file:
-        download_module.fcntl.flock(file, download_module.fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="another process"):
-            download(server.url + "/file", tmp_path / "file")
+    for size, checksum, part in ((300_000, "0" * 64, b""), (299_999, SHA256, b""), (300_000, SHA256, b"x" * 1000)):
+        if part:  # of something else
+            (tmp_path / "file.part").write_bytes(part)
+        with pytest.raises(ValueError, match="is not the expected file"):
+            download(server.url, tmp_path / "file", size, checksum)
+        assert os.listdir(tmp_path) == []
 
 
 def test_named_corpora_are_prepared_from_what_was_downloaded(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_module, "DOWNLOADS", tmp_path / "downloads")
-    story = "Once upon a time.<|endoftext|>\nThe end.\n<|endoftext|>\n<|endoftext|> last"
-    (tmp_path / "downloads").mkdir()
-    monkeypatch.setattr(prepare_module, "CORPORA", {**prepare_module.CORPORA, "tinystories": [
-        (name, server.url, len(story), hashlib.sha256(story.encode()).hexdigest()) for name in ("a", "b")],
-        "shakespeare": [("s.txt", server.url + "/file", len(FILE), SHA256)]})
-    for name in "ab":
-        (tmp_path / "downloads" / name).write_text(story)
-    dataset = prepare(source="tinystories", tokenizer="byte", out_dir=tmp_path / "stories")
-    assert documents(dataset, "val") == documents(dataset, "train") == ["Once upon a time.", "The end.", "last"]
-    assert "pinned here" in dataset.meta["checked"]["a"]
-    shakespeare = prepare(source="shakespeare", tokenizer="byte", out_dir=tmp_path / "shakespeare")
-    assert text_of(shakespeare, "train") + text_of(shakespeare, "val") == FILE.decode("utf-8", "replace") or \
-        shakespeare.meta["invalid_utf8_bytes_replaced"]["s.txt"] > 0
-    (tmp_path / "downloads" / "s.txt").unlink()
+    monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(FILE), SHA256))
     server.status = 503
-    capsys.readouterr()
-    assert main(["--source", "shakespeare", "--out_dir", str(tmp_path / "offline")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: could not download http://127.0.0.1") and error.count("\n") == 1 and "--source python" in error
-    assert not (tmp_path / "offline").exists() and not list(tmp_path.glob(".*"))
+    error = refused(capsys, "--source", "shakespeare", "--out_dir", tmp_path / "out")
+    assert error.startswith("error: could not download http://127.0.0.1") and "--source python" in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    text = write(tmp_path / "downloads" / "shakespeare.txt", PROSE)
+    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(PROSE), hashlib.sha256(PROSE.encode()).hexdigest()))
+    dataset = prepare(source="shakespeare", tokenizer="byte", out_dir=tmp_path / "out")
+    assert text_of(dataset, "train") + text_of(dataset, "val") == text.read_text()
+
+
+def test_corpora_of_the_hub_come_through_its_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
+    story, asked = "Once upon a time.<|endoftext|>\nThe end.\n<|endoftext|>\n<|endoftext|> last", []
+
+    def hf_hub_download(repository, file, *, repo_type, revision, local_dir):
+        asked.append((repository, file))
+        assert repo_type == "dataset" and re.fullmatch("[0-9a-f]{40}", revision)
+        return write(local_dir / file, story)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    for out in ("stories", "again"):
+        dataset = prepare(source="tinystories", tokenizer="byte", out_dir=tmp_path / out)
+        assert documents(dataset, "val") == documents(dataset, "train") == ["Once upon a time.", "The end.", "last"]
+    files = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
+    assert asked == [("roneneldan/TinyStories", file) for file in files]  # once each
+    shutil.rmtree(tmp_path / "downloads")
+
+    def unreachable(*_, **__):
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=unreachable))
+    error = refused(capsys, "--source", "tinystories", "--out_dir", tmp_path / "out")
+    assert "could not download TinyStoriesV2-GPT4-train.txt" in error and "(no route to host)" in error
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    error = refused(capsys, "--source", "tinystories", "--out_dir", tmp_path / "out")
+    assert "pip install huggingface_hub" in error
 
 
 def test_fineweb_reads_parquet(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert main(["--source", "fineweb-edu", "--out_dir", str(tmp_path / "out")]) == 2
-    assert "pip install pyarrow" in capsys.readouterr().err
+    assert "pip install pyarrow" in refused(capsys, "--source", "fineweb-edu", "--out_dir", tmp_path / "out")
     monkeypatch.undo()
     parquet = pytest.importorskip("pyarrow.parquet")
     texts, buffer = [f"page {i}" for i in range(300)], io.BytesIO()
     parquet.write_table(__import__("pyarrow").table({"text": texts, "id": texts}), buffer)
-    monkeypatch.setattr(prepare_module, "DOWNLOADS", tmp_path)
-    (tmp_path / "fineweb-edu-000.parquet").write_bytes(buffer.getvalue())
+    monkeypatch.setattr(sources, "DOWNLOADS", tmp_path)
+    write(tmp_path / "sample" / "10BT" / "000_00000.parquet", buffer.getvalue())
     dataset = prepare(source="fineweb-edu", tokenizer="byte", out_dir=tmp_path / "out")
     assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(texts)

@@ -13,13 +13,33 @@ from data import tokenizer as module
 from data.tokenizer import SPLIT, BPETokenizer, ByteTokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 CORPUS = open(module.__file__, encoding="utf-8").read()
-AWKWARD = ["", " ", "\0\x01\x1b\x7f", "\r\n\t\f\v", "caf\u00e9 \u4f60\u597d \u0645\u0631\u062d\u0628\u0627", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
-           "<|endoftext|>", "a<|endoftext|>b<|end", "don't 'self' we'll", "x" * 300, "\n" * 200 + " " * 200, "1234567890"]
+AWKWARD = [
+    "",
+    " ",
+    "\0\x01\x1b\x7f",
+    "\r\n\t\f\v",
+    "caf\u00e9 \u4f60\u597d \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
+    "<|endoftext|>",
+    "a<|endoftext|>b<|end",
+    "don't 'self' we'll",
+    "x" * 300,
+    "\n" * 200 + " " * 200,
+    "1234567890",
+]
 
 
 def random_text(rng: random.Random) -> str:
     """Characters from all of Unicode, some planes more often, without surrogates."""
-    ranges = [(0, 0x80), (0, 0x800), (0x2000, 0x3000), (0x4E00, 0xA000), (0xE000, 0x10000), (0x1F300, 0x1FB00), (0x10000, 0x110000)]
+    ranges = [
+        (0, 0x80),
+        (0, 0x800),
+        (0x2000, 0x3000),
+        (0x4E00, 0xA000),
+        (0xE000, 0x10000),
+        (0x1F300, 0x1FB00),
+        (0x10000, 0x110000),
+    ]
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
 
 
@@ -34,8 +54,12 @@ def hf_folder(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "<|endoftext|>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([CORPUS], trainer)
     folder = tmp_path_factory.mktemp("hf")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -82,7 +106,9 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     description = tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.save(tmp_path) == description
-    assert (again.name, again.vocab_size, again.end_of_text) == (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text)
+    for what in ("name", "vocab_size", "end_of_text", "end_tokens", "start_of_text"):
+        assert getattr(again, what) == getattr(tokenizer, what)
+    assert tokenizer.end_tokens == {tokenizer.end_of_text} and tokenizer.start_of_text == ()
     assert again.encode(CORPUS) == tokenizer.encode(CORPUS)
     assert set(description) == {"name", "file", "sha256", "vocab_size", "end_of_text"}
 
@@ -93,7 +119,7 @@ def test_vocabulary_is_the_bytes_then_the_merges_then_end_of_text(bpe):
 
 
 def naive_bpe(texts, vocab_size):
-    """The textbook: count all pairs of all pre-tokens anew for every merge. Returns the merged tokens and {word: ids}."""
+    """The textbook: count all pairs of all pre-tokens for every merge. Returns the merged tokens and {word: ids}."""
     frequency = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words, tokens = {word: list(word.encode()) for word in frequency}, [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size - 1:
@@ -123,7 +149,10 @@ def corpora():
     rng = random.Random(1)
     yield [CORPUS[:6000]], 330
     for _ in range(60):
-        yield ["".join(rng.choices("ab\u00e9 ", (4, 2, 1, 1), k=rng.randrange(150))) for _ in range(3)], rng.randrange(257, 320)
+        yield (
+            ["".join(rng.choices("ab\u00e9 ", (4, 2, 1, 1), k=rng.randrange(150))) for _ in range(3)],
+            rng.randrange(257, 320),
+        )
 
 
 @pytest.mark.parametrize("texts, vocab_size", list(corpora()))
@@ -163,8 +192,12 @@ def test_bpe_compresses(bpe):
 
 def test_tiktoken_names_use_tiktokens_files(monkeypatch, tmp_path):
     """A stand-in of three thousand tokens with an unused id, since the real files need a network or a cache."""
-    encoding = tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 3000})
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=SPLIT,
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 3000},
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     tokenizer = get_tokenizer("gpt2")
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("gpt2", 3001, 3000)
@@ -208,6 +241,142 @@ def test_hugging_face_end_of_text_is_the_one_of_its_config(hf_folder, tmp_path):
         get_tokenizer(f"hf:{tmp_path}")
 
 
+@pytest.fixture
+def llama_folder(hf_folder, tmp_path):
+    """A folder whose tokenizer begins every text with <s>, as Llama's does, and knows added tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_tokens(["café", "\u4f60\u597d", "Ġx"])
+    tokenizer.add_special_tokens(["<|eot_id|>", "<é>"])
+    (tmp_path / "llama").mkdir()
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    return tmp_path / "llama"
+
+
+def test_added_tokens_are_spelled_as_they_were_added(llama_folder):
+    tokenizer = get_tokenizer(f"hf:{llama_folder}")
+    for text in ("un café noir", "\u4f60\u597d é", "Ġx Ġ <é>", "café" * 3):
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text
+        assert b"".join(tokenizer.decode_bytes([token]) for token in tokens) == text.encode()
+    assert len(tokenizer.encode("café")) == 1
+
+
+@pytest.mark.parametrize("added", [["café"], []])
+def test_sentencepiece_style_tokens_are_decoded_by_the_package(tmp_path, added):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581un", "\u2581noir"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True, ignore_merges=True)
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    d = tokenizers.decoders
+    inner.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    inner.add_tokens(added)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(f"hf:{tmp_path}")
+    assert tokenizer.decode(tokenizer.encode("un café noir")) == "un café noir"
+    assert tokenizer.decode(tokenizer.encode("noir")[-1:]) == "noir"
+
+
+@pytest.mark.parametrize(
+    "config, generation, ends",
+    [
+        (None, None, {1}),
+        ({"eos_token_id": 5}, None, {1, 5}),
+        ({"eos_token_id": [1, 7]}, {"eos_token_id": [8, 7]}, {1, 7, 8}),
+        ({"eos_token_id": None}, {"eos_token_id": [-1, "x", True, 10**9, 9]}, {1, 9}),
+    ],
+)
+def test_every_eos_token_id_ends_a_text_after_saving_too(llama_folder, tmp_path, config, generation, ends):
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        if content is not None:
+            (llama_folder / name).write_text(json.dumps(content))
+    tokenizer = get_tokenizer(str(llama_folder))
+    tokenizer.save(tmp_path)
+    for again in (tokenizer, load_tokenizer(tmp_path)):
+        assert again.end_tokens == ends and again.end_of_text == 1 and again.start_of_text == (0,)
+    assert (tmp_path / "tokenizer.json").read_bytes() == json.dumps({"format": 1, **again._state()}).encode()
+
+
+def test_a_tokenizer_without_an_end_of_text_takes_the_model_s(llama_folder):
+    content = json.loads((llama_folder / "tokenizer.json").read_text())
+    (llama_folder / "tokenizer.json").write_text(json.dumps(content).replace("<|endoftext|>", "<|other|>"))
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        load_tokenizer(llama_folder)
+    (llama_folder / "generation_config.json").write_text('{"eos_token_id": [4, 1]}')
+    tokenizer = load_tokenizer(llama_folder)
+    assert tokenizer.end_of_text == 4 and tokenizer.end_tokens == {1, 4}
+
+
+def test_a_name_of_a_folder_or_file_is_a_tokenizer(bpe, llama_folder, tmp_path):
+    saved = bpe.save(tmp_path)
+    for spec in (tmp_path, tmp_path / "tokenizer.json"):
+        again = get_tokenizer(str(spec))
+        assert again.merged == bpe.merged and again.save(tmp_path) == saved
+    for spec in (f"hf:{llama_folder}", str(llama_folder), str(llama_folder / "tokenizer.json")):
+        assert get_tokenizer(spec).name == "hf:llama"
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        get_tokenizer(str(tmp_path.parent))
+
+
+def test_a_folder_cloned_without_git_lfs_is_recognised(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 17209920\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    for load in (load_tokenizer, lambda folder: get_tokenizer(f"hf:{folder}")):
+        with pytest.raises(ValueError, match="git-lfs pointer.*git lfs pull"):
+            load(tmp_path)
+
+
+def mixed_texts():
+    rng = random.Random(3)
+    yield from AWKWARD
+    yield from (random_text(rng) for _ in range(300))
+    yield CORPUS
+    for start in range(0, 0x110000, 0x400):  # every character, among letters, where a pattern's classes may differ
+        block = (chr(i) for i in range(start, start + 0x400) if not 0xD800 <= i < 0xE000)
+        yield "".join(f"a{c} 1{c}{c}\n" for c in block) if start < 0x4000 else "".join(block)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "hf"])
+def test_a_hugging_face_file_of_ours_encodes_alike(kind, bpe, hf_folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = {"byte": ByteTokenizer(), "bpe": bpe, "hf": get_tokenizer(f"hf:{hf_folder}")}[kind]
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.to_hugging_face()))
+    assert theirs.token_to_id("<|endoftext|>") == ours.end_of_text and theirs.get_vocab_size() == ours.vocab_size
+    assert theirs.encode("a<|endoftext|>b").ids == [*ours.encode("a"), ours.end_of_text, *ours.encode("b")]
+    theirs.encode_special_tokens = True
+    for text in mixed_texts():
+        tokens = theirs.encode(text).ids
+        assert tokens == ours.encode(text) and theirs.decode(tokens, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hugging_face_file_merges_as_tiktoken_does(seed):
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("aab\u00e9 ", k=rng.randrange(1, 200))) for _ in range(20)]
+    ours = train_bpe(texts[:5], 300)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.to_hugging_face()))
+    for text in texts:
+        assert theirs.encode(text).ids == ours.encode(text)
+
+
+def test_a_vocabulary_without_that_form_is_refused(monkeypatch):
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=SPLIT,
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    with pytest.raises(ValueError, match="gpt2 cannot be written as a tokenizer.json"):
+        get_tokenizer("gpt2").to_hugging_face()
+    with pytest.raises(ValueError, match="b'abc' is not two earlier ones"):
+        BPETokenizer([b"abc"]).to_hugging_face()
+
+
 def test_missing_tokenizers_package_is_named(monkeypatch, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
@@ -215,8 +384,30 @@ def test_missing_tokenizers_package_is_named(monkeypatch, tmp_path):
         get_tokenizer(f"hf:{tmp_path}")
 
 
-HOSTILE = [None, True, -1, 0, 2**31, 2**63, 10**400, 1.5, "", "x", "\u4f60\u597d", "../../etc/passwd", [], [[]], {}, {"a": {}}, [1], ["ab", "ab"],
-           ["a"], ["a\u0100"], [None], "a" * 5000]
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63,
+    10**400,
+    1.5,
+    "",
+    "x",
+    "\u4f60\u597d",
+    "../../etc/passwd",
+    [],
+    [[]],
+    {},
+    {"a": {}},
+    [1],
+    ["ab", "ab"],
+    ["a"],
+    ["a\u0100"],
+    [None],
+    "a" * 5000,
+]
 
 
 def mutate(value, rng: random.Random):
@@ -255,8 +446,20 @@ def test_mutated_files_load_or_are_refused_in_one_line(tokenizer, tmp_path, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[" * 200_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b'{"format": NaN}', b"{}",
-                                     b'{"format": true, "kind": "byte"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b"9" * 100_000,
+        b"\xff\xfe",
+        b'{"format": NaN}',
+        b"{}",
+        b'{"format": true, "kind": "byte"}',
+    ],
+)
 def test_what_is_no_tokenizer_file_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -267,7 +470,7 @@ def test_what_is_no_tokenizer_file_is_refused(content, tmp_path):
 def test_a_file_of_unreasonable_size_is_not_read(tmp_path):
     with open(tmp_path / "tokenizer.json", "wb") as file:
         file.truncate(1 << 40)  # sparse: a terabyte that takes no room
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match="more than 67108864 bytes"):
         load_tokenizer(tmp_path)
 
 
