@@ -1,23 +1,25 @@
 """What training and decoding cost, what the kernels should cost, and what the compiled code does.
 
-Whatever is compared is measured in turns in one run and printed as ratios, since a machine's speed drifts. For the kernels, a cost model counts bytes and FLOPs from the shapes; the roofline time is the larger of bytes / bandwidth and FLOPs / peak. Beside the
-model stand counts from code compiled ahead of time: the loop over key blocks is found in the PTX, and the bytes of its asynchronous
-copies and the FLOPs of its matrix instructions are added up. So "decode reads the compressed cache once" is checked without a GPU.
+What is compared is measured in turns in one run and printed as ratios, since a machine's speed drifts. For the kernels
+a cost model counts bytes and FLOPs from the shapes; the roofline is the larger of bytes / bandwidth and FLOPs / peak.
+Beside it stand counts from code compiled ahead of time: the bytes of the asynchronous copies and the FLOPs of the
+matrix instructions in the loop over key blocks. So "decode reads the compressed cache once" is checked without a GPU.
 Times are measured where they can be: no roofline is a measurement.
 
-    python experiments/bench.py                     # training, decoding and memory in one table, JSON and picture: some minutes
+    python experiments/bench.py                     # training, decoding, memory: a table, JSON and a picture in minutes
     python experiments/bench.py --training --nanogpt ../nanoGPT --dtype float32
     python experiments/bench.py --decoding
-    python experiments/bench.py --memory            # peak memory of a training step against the sequence's length, on the CPU
-    python experiments/bench.py --kernels           # rooflines, and timings on this machine; without a GPU the compiled loops (sm_90), too
+    python experiments/bench.py --memory            # peak memory of a training step against the sequence's length
+    python experiments/bench.py --kernels           # rooflines, timings on this machine; without a GPU compiled loops
     python experiments/bench.py --aot sm_80,sm_90   # the model beside the compiled loops
 
 Read first: attention.py and kernels.py.
 """
-import argparse
+
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,29 +32,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # before torch: see train.py
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program  # before torch
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import kernels
 import train
-from options import autocast, choose_device, choose_dtype
-from kernels import compose_heads, head_norm, mea_attention, mea_decode
+from kernels import TARGETS, compile_ahead, head_norm, mea_attention, mea_decode, record_launches
 from model import GPT, PRESETS, GPTConfig, KVCache
 
-# ---- kernels: the cost model ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: the cost model. B batch, T positions, S cached ones, H heads, Hc, n_k, n_v components, D width
 
-
-@dataclass
-class Limits:
-    """Peak rates of a device; the defaults are an H100 SXM's (dense bf16, HBM3; the L2 rate is a typical measured one)."""
-    flops: float = 989e12
-    bytes_per_second: float = 3.35e12
-    l2_bytes_per_second: float = 5.5e12
+# Peak rates of an H100 SXM: dense bfloat16, HBM3, and a typical measured one of its L2 cache
+FLOPS, BYTES_PER_SECOND, L2_BYTES_PER_SECOND = 989e12, 3.35e12, 5.5e12
 
 
 @dataclass
@@ -61,17 +58,18 @@ class Cost:
     flops: float
     from_l2: bool = False
 
-    def seconds(self, limits):
-        return max(self.bytes / (limits.l2_bytes_per_second if self.from_l2 else limits.bytes_per_second), self.flops / limits.flops)
+    def seconds(self):
+        """By the roofline of an H100."""
+        return max(self.bytes / (L2_BYTES_PER_SECOND if self.from_l2 else BYTES_PER_SECOND), self.flops / FLOPS)
 
 
 def attention_cost(B, T, H, D, itemsize=2):
-    """Causal attention forward: q, K, V read and the output written once; two products over half of the T x T square."""
+    """Causal attention forward: q, K, V read and the output written once; two products over half of the square."""
     return Cost(4 * B * H * T * D * itemsize + 4 * B * H * T, 2 * 2 * B * H * D * T * (T + 1) / 2)
 
 
 def backward_cost(B, T, H, D, itemsize=2):
-    """Both passes: 7 products (2 of them recompute the scores); q, K, V, grad and output read for each, 5 tensors written."""
+    """Both passes: 7 products (2 recompute the scores); q, K, V, grad and output read for each, 5 tensors written."""
     return Cost((2 * 4 + 2 + 4) * B * H * T * D * itemsize, 7 * 2 * B * H * D * T * (T + 1) / 2)
 
 
@@ -92,7 +90,8 @@ def decode_cost(B, S, H, n_k, n_v, D, itemsize=2, composed=True):
     reads = math.ceil(H / options["HEADS"]) if composed else 1
     splits = max(1, 2 * 132 // (B * (reads if composed else H)))
     partial = 2 * 4 * B * splits * H * options["VALUES"] * D
-    return Cost(reads * B * S * (n_k + n_v) * D * itemsize + partial, 2 * B * S * D * (H * (n_k + n_v) if composed else 2 * H))
+    flops = 2 * B * S * D * (H * (n_k + n_v) if composed else 2 * H)
+    return Cost(reads * B * S * (n_k + n_v) * D * itemsize + partial, flops)
 
 
 def compose_then_decode_cost(B, S, H, n_k, n_v, D, itemsize=2):
@@ -100,11 +99,21 @@ def compose_then_decode_cost(B, S, H, n_k, n_v, D, itemsize=2):
     return Cost(B * S * D * itemsize * (n_k + n_v + 4 * H), 2 * B * S * D * H * (n_k + n_v + 2))
 
 
-def print_rooflines(limits, B=8, T=2048, H=16, D=64, n=4):
-    print(f"Rooflines at {limits.flops / 1e12:.0f} TFLOP/s, {limits.bytes_per_second / 1e12:.2f} TB/s; bf16, B={B} T={T} H={H} D={D}\n")
-    print("| work | MB moved | GFLOP | roofline ms |")
-    print("|---|---|---|---|")
-    for name, cost in {
+def table(heads, rows):
+    """The lines of a Markdown table, each when its row comes."""
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def print_table(heads, rows):
+    for line in table(heads, rows):
+        print(line, flush=True)
+
+
+def print_rooflines(B=8, T=2048, H=16, D=64, n=4):
+    costs = {
         "attention + norm, forward": attention_cost(B, T, H, D),
         f"+ mixing first, Hc={H}": compose_cost(B, T, H, H, D),
         f"+ mixing first, Hc={n}": compose_cost(B, T, H, n, D),
@@ -114,11 +123,15 @@ def print_rooflines(limits, B=8, T=2048, H=16, D=64, n=4):
         f"decode step, absorbed, {n} of {H} heads cached": decode_cost(B, T, H, n, n, D),
         f"decode step, composing the cache, {n} of {H}": compose_then_decode_cost(B, T, H, n, n, D),
         f"decode step, all {H} heads cached": decode_cost(B, T, H, H, H, D, composed=False),
-    }.items():
-        print(f"| {name} | {cost.bytes / 1e6:.1f} | {cost.flops / 1e9:.1f} | {cost.seconds(limits) * 1e3:.4f} |")
+    }
+    rates = f"{FLOPS / 1e12:.0f} TFLOP/s, {BYTES_PER_SECOND / 1e12:.2f} TB/s"
+    print(f"Rooflines at {rates}; bf16, B={B} T={T} H={H} D={D}\n")
+    rows = [[f"{c.bytes / 1e6:.1f}", f"{c.flops / 1e9:.1f}", f"{c.seconds() * 1e3:.4f}"] for c in costs.values()]
+    print_table(["work", "MB moved", "GFLOP", "roofline ms"], [[name, *row] for name, row in zip(costs, rows)])
 
 
-# ---- kernels: what the compiled code does ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: what the compiled code does
 
 
 def innermost_loops(ptx):
@@ -131,111 +144,142 @@ def innermost_loops(ptx):
 
 def loop_counts(body, warps):
     """(bytes copied by cp.async, FLOPs of matrix instructions) of one pass of one program through a loop."""
-    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)(?:,[^;]*)?;", body)  # bytes per thread
-    copied = 32 * warps * sum(int(size, 0) for size in sizes)
-    wgmma = sum(math.prod(map(int, shape)) for shape in re.findall(r"wgmma\.mma_async\S*?\.m(\d+)n(\d+)k(\d+)", body))
-    mma = sum(math.prod(map(int, shape)) for shape in re.findall(r"mma\.sync\S*?\.m(\d+)n(\d+)k(\d+)", body))
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)(?:,[^;]*)?;", body)
+    shapes = lambda name: re.findall(rf"{name}\S*?\.m(\d+)n(\d+)k(\d+)", body)
+    wgmma, mma = (sum(math.prod(map(int, s)) for s in shapes(name)) for name in (r"wgmma\.mma_async", r"mma\.sync"))
+    copied = 32 * warps * sum(int(size, 0) for size in copies)  # each thread copies so many bytes
     return copied, 2 * (wgmma * warps // 4 + mma * warps)  # four warps execute one wgmma together
 
 
+def block_model(kernel, options):
+    """(bytes, FLOPs) of a program's pass over one key block (query block for dk and dv), bf16, or None."""
+    M, N, W = options.get("BLOCK_M"), options.get("BLOCK_N"), options["WIDTH"]
+    if kernel == "decode":
+        S, keys = options["BLOCK_S"], options["KEYS"]
+        return S * (keys + options["VALUES"]) * W * 2, 2 * options["BLOCK_H"] * S * W * (keys + options["BLOCK_V"])
+    loaded, products = dict(forward=(N, 2), backward_dkdv=(M, 4), backward_dq=(N, 3)).get(kernel, (None, None))
+    return loaded and (2 * loaded * W * 2, products * 2 * M * N * W)  # two tiles are loaded
+
+
 def print_loop_counts(targets, widths=(64, 128)):
-    """Per key block (query block for dk/dv) of one program: the model's bytes and FLOPs beside the compiled loop's, bf16."""
-    print("\n| target | D | kernel | KB per block, model | compiled | MFLOP per block, model | compiled |")
-    print("|---|---|---|---|---|---|---|")
-    for target in targets:
-        for D in widths:
-            for kernel, arguments, options in kernels.record_launches(kernels.TARGETS[target][3] * 1024, D=D):
-                row = kernels.compile_ahead(target, kernel, arguments, options)
-                loops = [loop_counts(body, row["warps"]) for body in innermost_loops(row["asm"])]
-                copied, flops = max(loops, key=lambda counts: counts[1], default=(0, 0))
-                M, N, W = options.get("BLOCK_M"), options.get("BLOCK_N"), options["WIDTH"]
-                model = {
-                    "forward": lambda: (2 * N * W * 2, 2 * 2 * M * N * W),  # K and V tiles; two products
-                    "backward_dkdv": lambda: (2 * M * W * 2, 4 * 2 * M * N * W),  # q and gradient tiles; four products
-                    "backward_dq": lambda: (2 * N * W * 2, 3 * 2 * M * N * W),
-                    "decode": lambda: (options["BLOCK_S"] * (options["KEYS"] + options["VALUES"]) * W * 2,
-                                       2 * options["BLOCK_H"] * options["BLOCK_S"] * W * (options["KEYS"] + options["BLOCK_V"])),
-                }.get(row["kernel"])
-                if model:
-                    model_bytes, model_flops = model()
-                    counts = model_bytes / 1024, copied / 1024, model_flops / 1e6, flops / 1e6
-                    print(f"| {target} | {D} | {row['kernel']} | " + " | ".join(f"{count:.2f}" for count in counts) + " |")
+    """Per block of one program: the model's bytes and FLOPs beside the compiled loop's."""
+
+    def rows():
+        for target in targets:
+            for D in widths:
+                for kernel, arguments, options in record_launches(TARGETS[target][3] * 1024, D=D):
+                    row = compile_ahead(target, kernel, arguments, options)
+                    loops = [loop_counts(body, row["warps"]) for body in innermost_loops(row["asm"])]
+                    if model := block_model(row["kernel"], options):
+                        compiled = max(loops, key=lambda counts: counts[1], default=(0, 0))
+                        (a, c), (b, d) = model, compiled
+                        counts = a / 1024, b / 1024, c / 1e6, d / 1e6
+                        yield [target, str(D), row["kernel"], *(f"{count:.2f}" for count in counts)]
+
+    print()
+    print_table(
+        ["target", "D", "kernel", "KB per block, model", "compiled", "MFLOP per block, model", "compiled"], rows()
+    )
 
 
-# ---- kernels: what this machine measures ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: what this machine measures
+
+
+def in_turns(jobs, rounds, warm_up=2):
+    """{name: values of `rounds` calls}, all jobs called once before any is called again."""
+    values = {name: [] for name in jobs}
+    for _ in range(warm_up + rounds):
+        for name, job in jobs.items():
+            values[name].append(job())
+    return {name: taken[warm_up:] for name, taken in values.items()}
+
+
+def ratio_quartiles(seconds, baseline):
+    """[low, median, high] of the ratios of times, round by round."""
+    return [float(part) for part in statistics.quantiles([a / b for a, b in zip(seconds, baseline)], n=4)]
 
 
 def timed(function, device):
     """A job for `in_turns`: the seconds of one call, with a GPU's L2 cache flushed before it."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
+    if device == "cpu":
 
-    def job():
-        if device == "cuda":
+        def job():
+            began = time.perf_counter()
+            function()
+            return time.perf_counter() - began
+
+    else:
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def job():
             flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             function()
             end.record()
             torch.cuda.synchronize()
             return start.elapsed_time(end) / 1e3
-        began = time.perf_counter()
-        function()
-        return time.perf_counter() - began
 
     return job
 
 
-def print_timings(limits, device, B, T, S, H, D, n):
+def print_timings(device, B, T, S, H, D, n):
     """Ratios to SDPA alone, which neither composes nor normalises: what MEA costs on top of plain attention."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    heads = lambda count, length: torch.randn(B, length, count, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    def heads(count, length):
+        return torch.randn(B, length, count, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
     q, k, v, gain = heads(H, T), heads(H, T), heads(H, T), torch.ones(H, D, device=device, requires_grad=True)
+    attend = lambda path: lambda: mea_attention(q, k, v, None, None, gain, path=path)
     plain = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    paths = {"SDPA alone": plain, "SDPA + separate norm": lambda: head_norm(plain(), gain),
-             "reference": lambda: mea_attention(q, k, v, None, None, gain, path="reference")}
-    if device == "cuda":
-        paths = {"our kernel": lambda: mea_attention(q, k, v, None, None, gain, path="triton"), **paths}
-
-    def training(forward):
-        return lambda: torch.autograd.grad(forward().sum(), (q, k, v))
-
-    forward, backward = attention_cost(B, T, H, D), backward_cost(B, T, H, D)
-    jobs = [("forward", name, torch.no_grad()(function), forward.flops, forward.bytes) for name, function in paths.items()]
-    jobs += [("forward + backward", name, training(function), forward.flops + backward.flops, forward.bytes + backward.bytes)
-             for name, function in paths.items()]
+    paths = {"SDPA alone": plain, "SDPA + separate norm": lambda: head_norm(plain(), gain)}
+    paths |= {"our kernel": attend("triton")} if device == "cuda" else {}
+    paths |= {"reference": attend("reference")}
+    training = lambda forward: lambda: torch.autograd.grad(forward().sum(), (q, k, v))
     last, cached, full, compose = heads(H, 1), heads(n, S), heads(H, S), torch.randn(n, H, device=device)
-    small, large = decode_cost(B, S, H, n, n, D), decode_cost(B, S, H, H, H, D, composed=False)
-    step = lambda path: torch.no_grad()(lambda: mea_decode(last, cached, cached, compose, compose, gain, path=path))
-    plain_step = torch.no_grad()(lambda: F.scaled_dot_product_attention(last, full, full))
-    jobs += [("decode", f"all {H} heads cached, SDPA alone", plain_step, large.flops, large.bytes),
-             ("decode", f"{n} of {H} heads cached, mea_decode", step("auto"), small.flops, small.bytes),
-             ("decode", f"{n} of {H} heads cached, reference", step("reference"), small.flops, small.bytes)]
-    measured = {}
-    for kind in dict.fromkeys(job[0] for job in jobs):  # in turns: what is compared meets the same moments of a busy machine
-        measured |= in_turns({job[:2]: timed(job[2], device) for job in jobs if job[0] == kind}, rounds=20)
-    print(f"\nMeasured: {torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, {dtype}, "
-          f"B={B} T={T} H={H} D={D}, {S} cached positions, torch {torch.__version__}; TFLOP/s and GB/s count the model's work"
-          + (f" (limits {limits.flops / 1e12:.0f} and {limits.bytes_per_second / 1e9:.0f})" if device == "cuda" else "") + "\n")
-    print("| step | path | ms | ratio to SDPA alone | TFLOP/s | GB/s |")
-    print("|---|---|---|---|---|---|")
-    for kind, name, _, flops, moved in jobs:
-        base = next(job[:2] for job in jobs if job[0] == kind and "SDPA alone" in job[1])
-        seconds = statistics.median(measured[kind, name])
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(measured[kind, name], measured[base])], n=4)
-        ratio = "" if base == (kind, name) else f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        print(f"| {kind} | {name} | {seconds * 1e3:.3f} | {ratio} | {flops / seconds / 1e12:.3f} | {moved / seconds / 1e9:.1f} |")
+    decode = lambda path: lambda: mea_decode(last, cached, cached, compose, compose, gain, path=path)
+    every, few = decode_cost(B, S, H, H, H, D, composed=False), decode_cost(B, S, H, n, n, D)
+    forward, backward = attention_cost(B, T, H, D), backward_cost(B, T, H, D)
+    both = Cost(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    steps = {
+        f"all {H} heads cached, SDPA alone": (lambda: F.scaled_dot_product_attention(last, full, full), every),
+        f"{n} of {H} heads cached, mea_decode": (decode("auto"), few),
+        f"{n} of {H} heads cached, reference": (decode("reference"), few),
+    }
+    kinds = {
+        "forward": {name: (torch.no_grad()(path), forward) for name, path in paths.items()},
+        "forward + backward": {name: (training(path), both) for name, path in paths.items()},
+        "decode": {name: (torch.no_grad()(step), cost) for name, (step, cost) in steps.items()},
+    }
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shape = f"B={B} T={T} H={H} D={D}, {S} cached positions"
+    print(f"\nMeasured: {machine}, {dtype}, {shape}, torch {torch.__version__}; rates count the model's work\n")
+    rows = []
+    for kind, jobs in kinds.items():  # in turns: what is compared meets the same moments of a busy machine
+        taken = in_turns({name: timed(job, device) for name, (job, _) in jobs.items()}, rounds=20)
+        base = taken[next(iter(jobs))]
+        for name, (_, cost) in jobs.items():
+            seconds = statistics.median(taken[name])
+            low, middle, high = ratio_quartiles(taken[name], base)
+            ratio = "" if taken[name] is base else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            rates = f"{cost.flops / seconds / 1e12:.3f}", f"{cost.bytes / seconds / 1e9:.1f}"
+            rows.append([kind, name, f"{seconds * 1e3:.3f}", ratio, *rates])
+    print_table(["step", "path", "ms", "ratio to SDPA alone", "TFLOP/s", "GB/s"], rows)
 
 
 def time_kernels():
     if torch.cuda.is_available():
         for D in (64, 128):
-            print_timings(Limits(), "cuda", B=8, T=2048, S=8192, H=16, D=D, n=4)
+            print_timings("cuda", B=8, T=2048, S=8192, H=16, D=D, n=4)
     else:
         print("\nNo GPU here: the Triton kernels are not timed, only the paths that a CPU takes.")
-        print_timings(Limits(), "cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
+        print_timings("cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
 
 
-# ---- models: training, decoding, memory -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: training, decoding, memory
 
 VARIANTS = {  # name: (config, what it is compared with)
     "mha": (dict(attention="mha"), "mha"),
@@ -255,20 +299,23 @@ DECODED = {  # name: (config, whether the cache is used)
     "mea, half, absorbed": (dict(HALF, head_norm=True, mea_form="absorb"), True),
     "mea, half, composed": (dict(HALF, head_norm=True, mea_form="compose"), True),
 }
+VOCABULARY = 2048
 
 
 def small(fields, **more):
-    return GPT(GPTConfig(**{**PRESETS["small"], "vocab_size": 2048, **fields, **more}))
+    return GPT(GPTConfig(**{**PRESETS["small"], "vocab_size": VOCABULARY, **fields, **more}))
 
 
 class GPT2Shape(nn.Module):
-    """nanoGPT's shape from torch's own layers: learned positions, LayerNorm, an MLP of GELU and 4 times the width, tied embeddings."""
+    """nanoGPT's shape from torch's layers: learned positions, LayerNorm, a GELU MLP of 4 widths, tied embeddings."""
 
     def __init__(self, vocab_size, n_layer, n_head, n_embd, block_size):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False)
-        self.layers = nn.TransformerEncoder(layer, n_layer, nn.LayerNorm(n_embd, bias=False), enable_nested_tensor=False)
+        how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False)
+        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, **how)
+        norm = nn.LayerNorm(n_embd, bias=False)
+        self.layers = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
 
     def forward(self, x, y):
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
@@ -287,26 +334,17 @@ def load_nanogpt(folder, shape):
         return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
 
 
-def in_turns(jobs, rounds, warm_up=2):
-    """{name: values of `rounds` calls}, all jobs called once before any is called again."""
-    values = {name: [] for name in jobs}
-    for _ in range(warm_up + rounds):
-        for name, job in jobs.items():
-            values[name].append(job())
-    return {name: taken[warm_up:] for name, taken in values.items()}
-
-
 def row(section, name, base, seconds, baseline, **more):
-    """One line of the table. `ratio`: quartiles of the ratios of times, round by round."""
-    ratio = None if name == base else [float(part) for part in statistics.quantiles([a / b for a, b in zip(seconds, baseline)], n=4)]
+    """One line of the table; `ratio` is None for what is compared with itself."""
+    ratio = None if name == base else ratio_quartiles(seconds, baseline)
     return dict(section=section, name=name, ms=1e3 * statistics.median(seconds), base=base, ratio=ratio, **more)
 
 
-def bench_training(device, dtype, nanogpt=None, rounds=15):
+def bench_training(device, dtype, nanogpt="", rounds=15):
     """Forward, backward and the whole step (with clipping and AdamW) of every variant at the default preset."""
-    batch_size, shape = train.TRAINING["small"]["batch_size"], {"vocab_size": 2048, **PRESETS["small"]}
+    batch_size, shape = train.PRESETS["small"]["batch_size"], dict(PRESETS["small"], vocab_size=VOCABULARY)
     T = shape["block_size"]
-    x = torch.randint(2048, (batch_size, T + 1), device=device)
+    x = torch.randint(VOCABULARY, (batch_size, T + 1), device=device)
     models = {name: small(fields) for name, (fields, _) in VARIANTS.items()} | {"gpt-2's shape": GPT2Shape(**shape)}
     pairs = {}
     for name, model in models.items():
@@ -323,8 +361,7 @@ def bench_training(device, dtype, nanogpt=None, rounds=15):
             loss.item()  # waits for a GPU
             forward = time.perf_counter()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            norm.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             backward = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad()
@@ -335,13 +372,13 @@ def bench_training(device, dtype, nanogpt=None, rounds=15):
         return step
 
     taken = in_turns({name: job(*pair) for name, pair in pairs.items()}, rounds)
-    part = lambda name, i: [seconds[i] for seconds in taken[name]]
-    compared = {name: [base] for name, (_, base) in VARIANTS.items()} | {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"]}
+    compared = {name: [base] for name, (_, base) in VARIANTS.items()}
+    compared |= {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"]}
     for i, section in enumerate(("training, forward", "training, backward", "training, step")):
+        seconds = {name: [parts[i] for parts in rounds] for name, rounds in taken.items()}
         for name in taken:
-            for base in compared[name]:
-                more = dict(tokens_per_second=batch_size * T / statistics.median(part(name, i))) if i == 2 else {}
-                yield row(section, name, base, part(name, i), part(base, i), **more)
+            more = dict(tokens_per_second=batch_size * T / statistics.median(seconds[name])) if i == 2 else {}
+            yield from (row(section, name, base, seconds[name], seconds[base], **more) for base in compared[name])
 
 
 @torch.inference_mode()
@@ -367,39 +404,35 @@ def bench_decoding(device, contexts=(128, 512, 2048, 4096), rounds=7, tokens=4):
             jobs[name] = job
         taken = in_turns(jobs, rounds)
         for name, seconds in taken.items():
-            more = dict(tokens_per_second=1 / statistics.median(seconds), context=context, bytes_per_token=bytes_per_token[name])
-            yield row(f"decoding behind {context:,}", name, "mha", seconds, taken["mha"], **more)
+            more = dict(tokens_per_second=1 / statistics.median(seconds), bytes_per_token=bytes_per_token[name])
+            yield row(f"decoding behind {context:,}", name, "mha", seconds, taken["mha"], context=context, **more)
 
 
 def bench_generation(device, tokens=512, rounds=3):
     """Greedy generation of `tokens` tokens from one, with the cache and without."""
     for name in ("mha", "mea"):
         model = small(VARIANTS[name][0]).to(device).eval()
-
-        def job(use_cache):
-            began = time.perf_counter()
-            model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
-            return time.perf_counter() - began
-
-        with_cache, without = f"{name}, cache", f"{name}, no cache"
-        taken = in_turns({with_cache: lambda: job(True), without: lambda: job(False)}, rounds, warm_up=0)
-        for which in taken:
-            speed = tokens / statistics.median(taken[which])
-            yield row(f"generating {tokens}", which, with_cache, taken[which], taken[with_cache], tokens_per_second=speed)
+        generate = lambda use_cache: lambda: model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
+        jobs = {f"{name}, cache": timed(generate(True), "cpu"), f"{name}, no cache": timed(generate(False), "cpu")}
+        taken = in_turns(jobs, rounds, warm_up=0)
+        for which, seconds in taken.items():
+            speed = tokens / statistics.median(seconds)
+            base = f"{name}, cache"
+            yield row(f"generating {tokens}", which, base, seconds, taken[base], tokens_per_second=speed)
 
 
 def memory_of_step(fields, T, recompute):
     """Peak bytes that a training step of batch 1 at T positions takes beyond the model and its gradients.
 
-    Of the whole process, as Linux counts its pages: the high-water mark is set back after a short step has loaded what is loaded
-    once. So every step needs a process of its own, where no memory that an earlier one freed is used again.
+    Of the whole process, as Linux counts its pages: the high-water mark is set back after a short step has loaded what
+    is loaded once. So every step needs a process of its own, where no memory that an earlier one freed is used again.
     """
     torch.set_num_threads(1)
     model = small(fields, block_size=T)
     model.activation_checkpointing = recompute
 
     def step(length):
-        x = torch.randint(2048, (1, length + 1))
+        x = torch.randint(VOCABULARY, (1, length + 1))
         model(x[:, :-1], x[:, 1:])[1].backward()
 
     def status(name):
@@ -415,19 +448,20 @@ def memory_of_step(fields, T, recompute):
 def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
     """Memory that is linear in the length shows as twice as much in each next row; quadratic, as four times.
 
-    glibc keeps most of what is freed, and where the pieces differ in size, as those of Talking-Heads do, it cannot use them again:
-    told to give pieces of 1 MiB back at once, it holds what the step needs.
+    glibc keeps most of what is freed, and where the pieces differ in size, as those of Talking-Heads do, it cannot use
+    them again: told to give pieces of 1 MiB back at once, it holds what the step needs.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # for the processes started below
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for name in ("mha", "mea", "dfa", "tha"):
             for recompute in (False, True):
-                label, before = name + ", blocks recomputed" * recompute, None
+                label, base, before = name + ", blocks recomputed" * recompute, None, None
                 for T in lengths:
                     peak = fresh.apply(memory_of_step, (VARIANTS[name][0], T, recompute))
-                    yield dict(section=f"memory of a step, T = {T:,}", name=label, length=T, bytes=peak, base=before and f"T = {before[0]:,}",
-                               ratio=before and [peak / before[1]] * 3)  # fmt: skip
-                    before = T, peak
+                    ratio = base and [peak / before] * 3
+                    section = f"memory of a step, T = {T:,}"
+                    yield dict(section=section, name=label, length=T, bytes=peak, base=base, ratio=ratio)
+                    base, before = f"T = {T:,}", peak
 
 
 def table_line(row):
@@ -436,11 +470,15 @@ def table_line(row):
     ratio = "" if middle is None else f"{middle:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
     speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
     cached = f"{row['bytes_per_token']:,}" if row.get("bytes_per_token") else ""
-    return f"| {row['section']} | {row['name']} | {amount} | {row['base'] if ratio else ''} | {ratio} | {speed} | {cached} |"
+    return [row["section"], row["name"], amount, row["base"] if ratio else "", ratio, speed, cached]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
 
 
 def draw(rows, path):
-    """Training ratios, memory against length, decoding against context: whatever of it was measured, where matplotlib is installed."""
+    """Training ratios, decoding against context, memory against length: what was measured, if matplotlib is there."""
     try:
         import matplotlib
     except ImportError:
@@ -449,110 +487,139 @@ def draw(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    training = [row for row in rows if row["section"].startswith("training") and row["base"] in (VARIANTS.get(row["name"], (0, "mha"))[1],)]
-    decoding = [row for row in rows if row["section"].startswith("decoding")]
-    memory = [row for row in rows if row["section"].startswith("memory")]
-    panels = [panel for panel in (training, decoding, memory) if panel]
+    draws = dict(training=draw_training, decoding=draw_decoding, memory=draw_memory)
+    panels = {name: [row for row in rows if row["section"].startswith(name)] for name in draws}
+    panels = {name: panel for name, panel in panels.items() if panel}
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.6), layout="constrained", squeeze=False)
-    for ax, panel in zip(axes[0], panels):
-        if panel is training:
-            names = [row["name"] for row in panel if row["section"].endswith("step") and row["ratio"]]
-            for i, part in enumerate(("forward", "backward", "step")):
-                found = {row["name"]: row for row in panel if row["section"].endswith(part)}
-                low, middle, high = zip(*(found[name]["ratio"] for name in names))
-                places = [place + 0.27 * (i - 1) for place in range(len(names))]
-                reach = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
-                ax.barh(places, middle, 0.25, xerr=reach, error_kw=dict(lw=0.8), label=part)
-            bases = {row["name"]: row["base"] for row in panel}
-            ax.set_yticks(range(len(names)), [f"{name}\nto {bases[name]}" for name in names], fontsize=8)
-            ax.invert_yaxis()
-            ax.axvline(1, color="black", lw=0.8)
-            ax.set(xlabel="ratio of times: median and quartiles", title="a training step")
-        else:
-            x, y, scale = ("context", "tokens_per_second", 1) if panel is decoding else ("length", "bytes", 2**20)
-            for i, name in enumerate(dict.fromkeys(row["name"] for row in panel)):
-                line = [row for row in panel if row["name"] == name]
-                cached = f", {line[0]['bytes_per_token'] / 1024:g} KiB a token" if line[0].get("bytes_per_token") else ""
-                broken = "no cache" in name or "recomputed" in name
-                ax.plot([row[x] for row in line], [row[y] / scale for row in line], "o--" if broken else "o-", ms=4, color=f"C{i}", label=name + cached)
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log", base=2)
-            ax.xaxis.set_major_formatter("{x:,.0f}")
-            ax.yaxis.set_major_formatter("{x:,.0f}")
-            if panel is decoding:
-                ax.set(xlabel="tokens in the context", ylabel="decoded tokens per second", title="decoding, batch 1")
-            else:
-                ax.set(xlabel="tokens in the sequence", ylabel="MiB beyond weights and gradients", title="peak memory of a training step, batch 1")
+    size = (6.5 * len(panels), 4.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (name, panel) in zip(axes[0], panels.items()):
+        draws[name](ax, panel)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training", action="store_true", help="a training step of every variant, as a ratio to MHA")
-    parser.add_argument("--decoding", action="store_true", help="tokens per second against the context: cached, uncached, compressed, absorbed, composed")
-    parser.add_argument("--memory", action="store_true", help="peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
-    parser.add_argument("--kernels", action="store_true", help="rooflines of the attention kernels, and timings on this machine; on a CPU, the loops compiled for sm_90 as well")
-    parser.add_argument("--aot", metavar="TARGETS", help="compile for these NVIDIA targets (sm_80,sm_90) and count what the loops do")
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT, whose model --training measures beside ours (on the CPU)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of --training, as train.py's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--results", default="experiments/results/bench", help="name of the .json, .md and .png to write (default: %(default)s)")
-    arguments = parser.parse_args()
-    chosen = [name for name in ("training", "decoding", "memory") if getattr(arguments, name)]
-    if not (chosen or arguments.kernels or arguments.aot):
+def draw_training(ax, rows):
+    rows = [row for row in rows if row["ratio"] and row["base"] == VARIANTS.get(row["name"], (None, "mha"))[1]]
+    bases = {row["name"]: row["base"] for row in rows}
+    for i, part in enumerate(("forward", "backward", "step")):
+        low, middle, high = zip(*(row["ratio"] for row in rows if row["section"].endswith(part)))
+        reach = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
+        places = [place + 0.27 * (i - 1) for place in range(len(bases))]
+        ax.barh(places, middle, 0.25, xerr=reach, error_kw=dict(lw=0.8), label=part)
+    ax.set_yticks(range(len(bases)), [f"{name}\nto {base}" for name, base in bases.items()], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(1, color="black", lw=0.8)
+    ax.set(xlabel="ratio of times: median and quartiles", title="a training step")
+
+
+def draw_lines(ax, rows, x, y, scale=1):
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        mine = [row for row in rows if row["name"] == name]
+        cached = mine[0].get("bytes_per_token")
+        label = name + (f", {cached / 1024:g} KiB a token" if cached else "")
+        style = "o--" if "no cache" in name or "recomputed" in name else "o-"
+        ax.plot([row[x] for row in mine], [row[y] / scale for row in mine], style, ms=4, color=f"C{i}", label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def draw_decoding(ax, rows):
+    draw_lines(ax, rows, "context", "tokens_per_second")
+    ax.set(xlabel="tokens in the context", ylabel="decoded tokens per second", title="decoding, batch 1")
+
+
+def draw_memory(ax, rows):
+    draw_lines(ax, rows, "length", "bytes", 2**20)
+    ax.set(xlabel="tokens in the sequence", ylabel="MiB beyond weights and gradients")
+    ax.set_title("peak memory of a training step, batch 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    training: bool = option(False, "a training step of every variant, as a ratio to MHA")
+    decoding: bool = option(False, "decoded tokens per second against the context: cached, uncached, compressed")
+    memory: bool = option(False, "peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
+    kernels: bool = option(False, "rooflines and timings of attention; on a CPU the loops compiled for sm_90 as well")
+    aot: str = option("", "NVIDIA targets (sm_80,sm_90) to compile for: count what the loops do")
+    nanogpt: str = option("", "a checkout of nanoGPT, whose model --training measures beside ours (on the CPU)")
+    dtype: str = option("auto", "of --training, as train.py's", ["auto", "float32", "bfloat16"])
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    results: str = option("experiments/results/bench", "name of the .json, .md and .png to write")
+
+
+def main(argv=None):
+    o, _ = parse_options(Options, argv)
+    chosen = [name for name in ("training", "decoding", "memory") if getattr(o, name)]
+    if not (chosen or o.kernels or o.aot):
         chosen = ["training", "decoding", "memory"]
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            parser.error(f"--threads must be at least 1, not {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
     device = choose_device()
-    dtype = choose_dtype(arguments.dtype, device)
-    if arguments.nanogpt and "training" not in chosen:
-        parser.error("--nanogpt is measured by --training: give that too")
-    if arguments.nanogpt and not (device.type == "cpu" and (Path(arguments.nanogpt) / "model.py").is_file()):
-        parser.error(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {arguments.nanogpt} on {device}")
-    if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
-        parser.error("--memory reads Linux's /proc/self/status, which is not here: choose --training and --decoding")
+    dtype = choose_dtype(o.dtype, device)
+    if o.threads:
+        torch.set_num_threads(o.threads)
     compiles = kernels.triton is not None and not kernels.triton.knobs.runtime.interpret
-    targets = arguments.aot.split(",") if arguments.aot else ["sm_90"] if arguments.kernels and device.type == "cpu" and compiles else []
-    if arguments.aot:
-        if unknown := [target for target in targets if not target.startswith("sm_") or target not in kernels.TARGETS]:
-            parser.error(f"--aot does not know {', '.join(unknown)}")
-        if not compiles:
-            parser.error("--aot needs triton (pip install triton), without TRITON_INTERPRET in the environment")
-    if arguments.kernels:
-        print_rooflines(Limits())
+    targets = o.aot.split(",") if o.aot else ["sm_90"] if o.kernels and device.type == "cpu" and compiles else []
+    if o.nanogpt and "training" not in chosen:
+        fail("--nanogpt is measured by --training: give that too")
+    if o.nanogpt and not (device.type == "cpu" and (Path(o.nanogpt) / "model.py").is_file()):
+        fail(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {o.nanogpt} on {device}")
+    if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
+        fail("--memory reads Linux's /proc/self/status, which is not here: choose --training and --decoding")
+    if unknown := [target for target in targets if not target.startswith("sm_") or target not in TARGETS]:
+        fail(f"--aot does not know {', '.join(unknown)}")
+    if o.aot and not compiles:
+        fail("--aot needs triton (pip install triton), without TRITON_INTERPRET in the environment")
+    if o.kernels:
+        print_rooflines()
     if targets:
         print_loop_counts(targets)
-    if arguments.kernels:
+    if o.kernels:
         time_kernels()
-    if not chosen:
-        return
-    results, command = ROOT / arguments.results, " ".join(["python experiments/bench.py", *sys.argv[1:]])
+    if chosen:
+        measure(o, chosen, device, dtype, " ".join(sys.argv[1:] if argv is None else argv))
+
+
+def measure(o, chosen, device, dtype, options):
+    """Run the chosen sections: the table as it comes, and .json, .md and .png at the end."""
+    command, threads = f"python experiments/bench.py {options}".strip(), torch.get_num_threads()
+    where = (
+        f"`{command}`: preset small, {device} ({platform.machine()}), {threads} threads, torch {torch.__version__}; "
+        f"training in {str(dtype)[6:]}, the rest in float32. In turns, medians; ratios of times, median (quartiles). "
+        "Memory: one thread, beyond weights and gradients; the ratio is to half the length, 2 being linear."
+    )
+    sections = dict(
+        training=lambda: bench_training(device, dtype, o.nanogpt),
+        decoding=lambda: itertools.chain(bench_decoding(device), bench_generation(device)),
+        memory=bench_memory,
+    )
+    rows, lines = [], [where, ""]
+
+    def cells():
+        for name in chosen:
+            for measured in sections[name]():
+                rows.append(measured)
+                yield table_line(measured)
+
+    print(where + "\n")
+    heads = ["what", "variant", "time or memory", "ratio to", "ratio", "tokens/s", "cached bytes a token"]
+    for line in table(heads, cells()):
+        lines.append(line)
+        print(line, flush=True)
+    results = ROOT / o.results
     results.parent.mkdir(parents=True, exist_ok=True)
-    where = (f"`{command}`: preset small, {device} ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}; training in "
-             f"{str(dtype).removeprefix('torch.')}, the rest in float32. In turns, medians; ratios of times, median (quartiles). Memory: one thread, beyond weights and gradients; "
-             "the ratio is to half the length, 2 being linear.")  # fmt: skip
-    lines = [where, "", "| what | variant | time or memory | ratio to | ratio | tokens/s | cached bytes a token |", "|---|---|---|---|---|---|---|"]
-    print("\n".join(lines))
-    rows, sections = [], dict(
-        training=lambda: [bench_training(device, dtype, arguments.nanogpt)], decoding=lambda: [bench_decoding(device), bench_generation(device)], memory=lambda: [bench_memory()]
-    )  # fmt: skip
-    for name in chosen:
-        for measured in sections[name]():
-            for measurement in measured:
-                rows.append(measurement)
-                lines.append(table_line(measurement))
-                print(lines[-1], flush=True)
-    results.with_suffix(".json").write_text(json.dumps(dict(command=command, threads=torch.get_num_threads(), dtype=str(dtype), rows=rows), indent=1) + "\n")
+    content = dict(command=command, threads=threads, dtype=str(dtype), rows=rows)
+    results.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     results.with_suffix(".md").write_text("\n".join(lines) + "\n")
     draw(rows, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,4 +1,4 @@
-"""The sweep: what it concludes from made-up runs, what it resumes, and two real runs of seconds each."""
+"""The sweep: what it concludes from made-up runs, what it resumes, real runs of seconds; and the benchmarks' tables."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import bench, sweep
+from experiments import bench, compression, sweep
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35, 0.9])
@@ -43,21 +44,10 @@ def test_the_smoothed_curve_leaves_the_warm_up_out():
     assert len(tokens) == 10 and tokens[0] == 95 and losses[0] == 9.5 and np.allclose(tokens, 10 * losses)
 
 
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [
-        ([0.3], 1),
-        ([1, 2, 3], 2 / 8),
-        ([-1, -2, -3], 2 / 8),
-        ([1, -1], 1),
-        ([3, -1], 1),
-        ([1, 1, 1, 1, -1], 12 / 32),
-        ([0.1] * 6, 2 / 64),
-        ([0, 0, 0], 1),
-    ],
-)
-def test_the_p_value_counts_signs_by_hand(differences, p):
-    assert sweep.sign_flip_p(differences) == p
+def test_the_p_value_counts_signs_by_hand():
+    counted = {(0.3,): 1, (1, 2, 3): 2 / 8, (-1, -2, -3): 2 / 8, (1, -1): 1, (3, -1): 1, (0, 0, 0): 1}
+    counted |= {(1, 1, 1, 1, -1): 12 / 32, (0.1,) * 6: 2 / 64}
+    assert {differences: sweep.sign_flip_p(differences) for differences in counted} == counted
 
 
 def fake_run(folder, losses, steps=None, spikes=0, parameters=None, **options):
@@ -214,9 +204,9 @@ def test_a_run_that_fails_ends_the_sweep_and_stops_the_others(tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_each_has_saved(number, tmp_path, data):
-    options = f"--variants mha,mea --seeds 1 --jobs 2 --preset tiny --max_steps 100000 --threads 1 --device cpu --data_dir {data}"
+    options = f"--variants mha,mea --seeds 1 --jobs 2 --preset tiny --max_steps 100000 --threads 1 --data_dir {data}"
+    options += f" --device cpu --out_dir {tmp_path / 'runs'} --results {tmp_path / 'losses'}"
     command = [sys.executable, sweep.__file__, *options.split()]
-    command += ["--out_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "losses")]
     logs = [tmp_path / "runs" / f"{variant}-seed0.log" for variant in ("mha", "mea")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None and not all(log.exists() and "step     1/" in log.read_text() for log in logs):
@@ -226,46 +216,39 @@ def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_each_has_saved(number,
     assert all("stopped by SIGTERM" in log.read_text() and "saved" in log.read_text() for log in logs)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--variants", "mha,moa"], "no variant moa"),
-        (["--variants", "mea@x"], "no variant mea@x"),
-        (["--variants", "mea:half"], "no variant mea:half"),
-        (["--sizes", "tiny,huge"], "size 'huge' is neither a preset"),
-        (["--sizes", "24"], "size '24' is neither a preset (tiny, small, base, 1b) nor a width, a multiple of 16"),
-        (["--sizes", "32", "--n_head", "4"], "n_head is what this sweep sets itself"),
-        (["--learning_rates", "1e-3,x"], "'1e-3,x' are not numbers"),
-        (["--learning_rates", "1e-3,-1"], "learning_rate must be above 0, not -1.0"),
-        (["--choose_rates"], "several --learning_rates"),
-        (
-            ["--choose_rates", "--learning_rates", "1e-3,3e-3", "--schedule", "wsd"],
-            "schedule is what this sweep sets itself",
-        ),
-        (
-            ["--choose_rates", "--learning_rates", "1e-3,3e-3", "--max_steps", "55"],
-            "55 steps with 50 of warm-up are too few",
-        ),
-        (["--rates_from", "no/such.json"], "no/such.json is not a file that --choose_rates wrote"),
-        (["--n_head", "5"], "n_embd 128 is not divisible by n_head 5"),
-        (["--seeds", "25"], "seeds must be from 1 to 24"),
-        (["--max_step", "5"], "--max_step"),
-    ],
-)
-def test_a_mistake_is_one_line_before_any_run(options, message, tmp_path, capsys, monkeypatch):
+MISTAKES = """
+--variants mha,moa => no variant moa
+--variants mea@x => no variant mea@x
+--variants mea:half => no variant mea:half
+--sizes tiny,huge => size 'huge' is neither a preset
+--sizes 24 => size '24' is neither a preset (tiny, small, base, 1b) nor a width, a multiple of 16
+--sizes 32 --n_head 4 => n_head is what this sweep sets itself
+--learning_rates 1e-3,x => '1e-3,x' are not numbers
+--learning_rates 1e-3,-1 => learning_rate must be above 0, not -1.0
+--choose_rates => several --learning_rates
+--choose_rates --learning_rates 1e-3,3e-3 --schedule wsd => schedule is what this sweep sets itself
+--choose_rates --learning_rates 1e-3,3e-3 --max_steps 55 => 55 steps with 50 of warm-up are too few
+--rates_from no/such.json => no/such.json is not a file that --choose_rates wrote
+--n_head 5 => n_embd 128 is not divisible by n_head 5
+--seeds 25 => seeds must be from 1 to 24
+--max_step 5 => --max_step
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_a_mistake_is_one_line_before_any_run(mistake, tmp_path, capsys, monkeypatch):
+    options, message = mistake.split(" => ")
     monkeypatch.setattr(sweep, "run_all", lambda *_: pytest.fail("started"))
     with pytest.raises(SystemExit) as end:
-        sweep.main(["--out_dir", str(tmp_path / "o"), "--results", str(tmp_path / "r"), *options])
+        sweep.main(["--out_dir", str(tmp_path / "o"), "--results", str(tmp_path / "r"), *options.split()])
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
 def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data, capsys):
-    options = (
-        "--variants mha,mea --seeds 1 --snapshots --preset tiny --max_steps 4 --warmup_steps 1 --save_every 2".split()
-    )
-    options += f"--eval_every 2 --threads 1 --device cpu --data_dir {data} --out_dir {tmp_path / 'runs'}".split()
-    options += ["--results", str(tmp_path / "results" / "losses")]
+    options = "--variants mha,mea --seeds 1 --snapshots --preset tiny --max_steps 4 --warmup_steps 1 --save_every 2"
+    options += f" --eval_every 2 --threads 1 --device cpu --data_dir {data} --out_dir {tmp_path / 'runs'}"
+    options = [*options.split(), "--results", str(tmp_path / "results" / "losses")]
     sweep.main(options)
     result = json.loads((tmp_path / "results" / "losses.json").read_text())
     assert [*result["table"]] == ["mha", "mea"] and result["table"]["mea"]["n"] == 1
@@ -277,13 +260,11 @@ def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data,
     learned = sweep.compositions(tmp_path / "runs" / "mea-seed0")
     assert learned["step"][-1] == 4 and np.shape(learned["compose_k"][-1]) == (2, 4, 4)  # layers, Hc, H
     assert 0 < np.abs(learned["compose_v"][-1] - np.eye(4)).max() < 0.1  # from the identity on
+    drawn = {f"losses-{name}" for name in ("curves", "mea-seed0-compositions")}
     names = {path.name for path in (tmp_path / "results").iterdir()}
-    assert {"losses-curves.json", "losses-mea-seed0-compositions.json"} <= names
     pictures = {name for name in names if name.endswith(".png")}
-    assert not pictures or pictures == {
-        "losses-curves.png",
-        "losses-mea-seed0-compositions.png",
-    }  # where matplotlib is installed
+    assert {f"{name}.json" for name in drawn} <= names
+    assert not pictures or pictures == {f"{name}.png" for name in drawn}  # where matplotlib is installed
     with pytest.raises(SystemExit) as end:  # another run under the same name is not taken for this one
         sweep.main([*options, "--batch_size", "3"])
     assert end.value.code == 2 and "holds a run with batch_size 8, not 3" in capsys.readouterr().err
@@ -310,17 +291,36 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
     assert np.shape(sweep.compositions(tmp_path)["compose_k"]) == (2, 1, 2, 2)
 
 
+def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_path, data, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(compression, "RESULTS", tmp_path)
+    config = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32, attention="mha")
+    GPT(config).to_pretrained(tmp_path / "tiny")
+    options = f"--pretrained {tmp_path / 'tiny'} --data_dir {data} --other_data_dir {data} --block_size 32"
+    options = f"{options} --calibration_windows 2 --eval_windows 2 --probe_windows 2".split()
+    compression.main(options)
+    rows = json.loads((tmp_path / "compression-tiny.json").read_text())
+    assert {"original", "all | svd", "all | aligned", "probe 0.5 | aligned"} <= {*rows}
+    cost = rows["all | svd"]["loss"][0] - rows["original"][0]
+    lines = (tmp_path / "compression-tiny.md").read_text().splitlines()
+    assert f"| all | svd | 0.500 | {cost:+.3f} / {cost:+.3f} |" in lines
+    monkeypatch.setattr(compression, "compress", lambda *_, **__: pytest.fail("measured again"))
+    compression.main(options)
+    assert json.loads((tmp_path / "compression-tiny.json").read_text()) == rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
 def test_the_benchmark_takes_turns_and_compares_round_by_round():
     calls = []
-    taken = bench.in_turns(
-        {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, rounds=2, warm_up=1
-    )
-    assert calls == ["a", "b"] * 3 and taken == {"a": [3, 5], "b": [4, 6]}
+    jobs = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert bench.in_turns(jobs, rounds=2, warm_up=1) == {"a": [3, 5], "b": [4, 6]} and calls == ["a", "b"] * 3
     row = bench.row("what", "a", "b", [2.0, 4.0, 9.0], [1.0, 1.0, 3.0], tokens_per_second=7)
-    assert (
-        row["ms"] == 4000 and row["ratio"] == [2, 3, 4] and bench.row("what", "b", "b", [1.0], [1.0])["ratio"] is None
-    )
-    assert bench.table_line(row) == "| what | a | 4000.00 ms | b | 3.00 (2.00 to 4.00) | 7 |  |"
+    assert row["ms"] == 4000 and row["ratio"] == [2, 3, 4]
+    assert bench.row("what", "b", "b", [1.0], [1.0])["ratio"] is None
+    assert bench.table_line(row) == ["what", "a", "4000.00 ms", "b", "3.00 (2.00 to 4.00)", "7", ""]
 
 
 def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch):
@@ -331,54 +331,39 @@ def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch):
     assert {row["name"] for row in trained} == {*bench.VARIANTS, "gpt-2's shape"}
     decoded = [*bench.bench_decoding(cpu, contexts=(8, 16), rounds=2, tokens=2)]
     cached = {row["name"]: row["bytes_per_token"] for row in decoded}
-    assert (
-        cached["mha"] == 2 * 32 * 4
-        and cached["mha, compressed to half"] == cached["mea, half, absorbed"] == 32 * 4
-        and cached["mea, no cache"] == 0
-    )
+    assert cached["mha"] == 2 * 32 * 4 and cached["mea, no cache"] == 0
+    assert cached["mha, compressed to half"] == cached["mea, half, absorbed"] == 32 * 4
     bench.draw([*trained, *decoded], tmp_path / "bench.png")
-    with open(Path(bench.__file__).parent / "results" / "bench.json") as file:
-        committed = json.load(file)["rows"]
+    committed = json.loads((Path(bench.__file__).parent / "results" / "bench.json").read_text())["rows"]
     assert {row["name"] for row in committed if row["section"].startswith("decoding")} == {*bench.DECODED}
 
 
 def test_kernel_timings_compare_every_path_with_plain_attention(capsys):
-    bench.print_timings(bench.Limits(), "cpu", B=1, T=16, S=16, H=4, D=16, n=2)
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("| ")
-    ][1:]
-    assert [kind for kind, *_ in rows] == ["forward"] * 3 + ["forward + backward"] * 3 + ["decode"] * 3
-    assert [("SDPA alone" in name, ratio == "") for _, name, _, ratio, *_ in rows] == [
-        (True, True),
-        (False, False),
-        (False, False),
-    ] * 3
-    for _, _, ms, ratio, *_ in rows:
-        middle, low, high = map(float, ratio.translate(str.maketrans("()to", "    ")).split() or [1, 1, 1])
-        assert float(ms) >= 0 and 0 < low <= middle <= high
+    bench.print_timings("cpu", B=1, T=16, S=16, H=4, D=16, n=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    kinds = {kind: [row for row in rows if row[0] == kind] for kind in ("forward", "forward + backward", "decode")}
+    assert rows == sum(kinds.values(), []) and all(len(kind) >= 3 for kind in kinds.values())
+    for (_, plain, _, no_ratio, *_), *others in kinds.values():
+        assert "SDPA alone" in plain and no_ratio == ""
+        for _, name, ms, ratio, *_ in others:
+            middle, low, high = map(float, ratio.translate(str.maketrans("()to", "    ")).split())
+            assert "SDPA alone" not in name and float(ms) >= 0 and 0 < low <= middle <= high
 
 
 @pytest.mark.parametrize(
-    ("options", "targets"),
-    [(["--kernels"], ["sm_90"]), (["--aot", "sm_80"], ["sm_80"]), (["--kernels", "--aot", "sm_80"], ["sm_80"])],
+    ("options", "target"), [("--kernels", "sm_90"), ("--aot sm_80", "sm_80"), ("--kernels --aot sm_80", "sm_80")]
 )
-def test_without_a_gpu_the_kernels_are_shown_compiled(options, targets, monkeypatch):
-    called = {}
-    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
-    monkeypatch.setattr(
-        bench.kernels,
-        "triton",
-        types.SimpleNamespace(knobs=types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))),
-    )
-    monkeypatch.setattr(bench.train, "choose_device", lambda: torch.device("cpu"))
+def test_without_a_gpu_the_kernels_are_shown_compiled(options, target, monkeypatch):
+    called, runtime = {}, types.SimpleNamespace(interpret=False)
+    knobs = types.SimpleNamespace(runtime=runtime)
+    monkeypatch.setattr(bench.kernels, "triton", types.SimpleNamespace(knobs=knobs))
+    monkeypatch.setattr(bench, "choose_device", lambda: torch.device("cpu"))
     for name in ("print_rooflines", "print_loop_counts", "time_kernels"):
         monkeypatch.setattr(bench, name, lambda *arguments, name=name: called.update({name: arguments}))
-    bench.main()
-    assert called["print_loop_counts"] == (targets,) and ("time_kernels" in called) == (
-        "print_rooflines" in called
-    ) == ("--kernels" in options)
+    bench.main(options.split())
+    assert called["print_loop_counts"] == ([target],)
+    assert ("time_kernels" in called) == ("print_rooflines" in called) == ("--kernels" in options)
 
 
 def test_nanogpts_shape_has_the_parameters_it_should():
