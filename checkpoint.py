@@ -101,7 +101,8 @@ def load_checkpoint(path, device="cpu"):
     except OSError:
         raise
     except Exception as error:  # zipfile and torch raise anything for a file that is none of theirs
-        why = "pickled code is never run" if "Weights only" in str(error) else (str(error)[:100] or type(error).__name__)
+        why = " ".join(str(error).split())[:100] or type(error).__name__
+        why = "pickled code is never run" if "Weights only" in str(error) else why
         raise ValueError(f"{path} is damaged or not a checkpoint ({why}){hint}") from error
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, *OLD_FORMATS):
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r} is missing)")

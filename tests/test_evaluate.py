@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from data.tokenizer import ByteTokenizer, train_bpe
 from experiments import evaluate
 from experiments.evaluate import Harness, average, generation_settings, markdown
-from checkpoint import load_checkpoint, save_checkpoint, to_pretrained
+from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 BLOCK = 13
