@@ -23,7 +23,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a program: make the repository importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
+from data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer, progress
 from options import read_json, sha256
 
 META_FILE = "meta.json"
@@ -309,10 +309,13 @@ def check_meta(meta: dict, path: Path) -> None:
 def check_contents(dataset: Dataset) -> None:
     """ValueError unless the files have the SHA-256 of meta.json and every id is in the vocabulary."""
     for split, name in SPLITS.items():
-        digest, top = hashlib.sha256(), 0
-        for block in blocks(getattr(dataset, split)):
+        tokens, digest, top = getattr(dataset, split), hashlib.sha256(), 0
+        bar = progress(f"verifying {split}", tokens.nbytes)
+        for block in blocks(tokens):
             digest.update(block.tobytes())
             top = max(top, int(block.max()))
+            bar.update(block.nbytes)
+        bar.close()
         path = dataset.folder / name
         if digest.hexdigest() != dataset.meta["splits"][split]["sha256"]:
             raise ValueError(f"{path} is not the file that was prepared (SHA-256 differs); {AGAIN}")

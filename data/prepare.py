@@ -42,7 +42,7 @@ from data.dataset import (
     read_header,
     shard_file,
 )
-from data.sources import CORPORA, DATA, PIECE, Corpus, local_corpus, named_corpus, printable, python_corpus
+from data.sources import CORPORA, DATA, PIECE, Corpus, listing, local_corpus, named_corpus, printable, python_corpus
 from data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from data.tokenizer import Tokenizer, get_tokenizer, progress, train_bpe, well_formed
 from options import check_options, fail, option, parse_options, run_program, say, write_atomically
@@ -96,17 +96,15 @@ def prepare(**options) -> Dataset:
     token_files = {} if named else find_token_files(path)
     spec = o.tokenizer or ("gpt2" if token_files else "bpe")
     if token_files and spec == "bpe":
-        raise ValueError(
-            f"{path} holds tokens, which have a vocabulary already: name it with --tokenizer gpt2, byte, ..."
-        )
+        raise ValueError(f"{path} holds tokens, which have a vocabulary already: name it, --tokenizer gpt2 for example")
     if token_files and not o.tokenizer and (path / "meta.pkl").exists():
         raise ValueError(
-            f"{path / 'meta.pkl'} may hold a vocabulary, and is not opened: say which it is with --tokenizer"
+            f"{path / 'meta.pkl'}, a pickle, is not opened: name the vocabulary of the tokens, --tokenizer"
         )
     if o.vocab_size and spec != "bpe":
         raise ValueError(f"--vocab_size is for --tokenizer bpe; {spec} has a vocabulary of its own")
     name = o.source if named else printable(path.resolve().stem)
-    out_dir = Path(o.out_dir or DATA / name).absolute()
+    out_dir = Path(o.out_dir or DATA / name).resolve()
     clean_up(out_dir)
     check_free(out_dir, o.overwrite)
     tokenizer = None if spec == "bpe" else get_tokenizer(spec)
@@ -124,7 +122,11 @@ def prepare(**options) -> Dataset:
         folder.chmod(0o755)
         if token_files:
             made = link_tokens(token_files, tokenizer, folder)
-            meta, notes = {}, [f"the token files stay in {printable(str(path.absolute()))}: keep them there"]
+            others = {entry.name for entry in path.iterdir()} - {
+                p.name for files in token_files.values() for p in files
+            }
+            meta, notes = {}, [f"the token files stay where they are: keep {printable(str(path.resolve()), 300)}"]
+            notes += [f"skipped, for token files are there: {listing(sorted(others))}"] if others else []
         else:
             tokenizer = tokenizer or train_bpe(sample(corpus), o.vocab_size or VOCAB_SIZE)
             made = write_tokens(corpus, tokenizer, folder)
@@ -217,7 +219,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
         for split, text, ends in corpus.documents():
             batch.append((split, well_formed(text), ends))
             size += len(text)
-            if size >= PIECE:
+            if size >= 4 * PIECE:  # several pieces, so that tiktoken can use several threads
                 write(batch)
                 batch, size = [], 0
         write(batch)

@@ -264,12 +264,10 @@ class TextFile:
                     if begun or waiting.strip():
                         yield waiting.rstrip(), True
                     waiting, begun = "", False
-                elif part and waiting:
+                elif waiting and part.strip():
                     yield waiting, False
-                    begun = True
-                elif waiting:
-                    continue
-                waiting = part.lstrip() if self.divisions and not begun else part
+                    waiting, begun = "", True
+                waiting += part.lstrip() if self.divisions and not begun and not waiting else part
         if self.divisions:
             waiting = waiting.rstrip()
         if begun or waiting:
@@ -410,8 +408,9 @@ def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped:
             raise ValueError("there is text to validate on and none to train on: name a file train.*")
         for file in validation:
             file.val_share = 1.0
-        skipped["beside train and val"] = [file.name for file in files if file not in training + validation]
-        files[:] = [file for file in files if file in training + validation]
+        used = {file.name for file in training + validation}
+        skipped["beside train and val"] = [file.name for file in files if file.name not in used]
+        files[:] = [file for file in files if file.name in used]
         return
 
     total = sum(file.bytes for file in files)
@@ -470,24 +469,15 @@ def cut_documents(texts, train_bytes: float, short: float) -> Iterator[tuple[str
 
 
 def text_notes(files: list[TextFile]) -> list[str]:
-    divided = [file for file in files if file.divisions]
-    converted = [file for file in files if file.encoding != "utf-8-sig"]
-    replaced = [file for file in files if file.replaced]
-    bad = [file for file in replaced if 1000 * file.replaced > file.bytes]
-    notes = []
-    if divided:
-        count = sum(file.divisions for file in divided)
-        notes.append(f"divided into documents at {count:,} {END_OF_TEXT} in {listing(file.name for file in divided)}")
-    if converted:
-        notes.append(f"decoded from UTF-16 or UTF-32: {listing(file.name for file in converted)}")
-    if replaced:
-        count = sum(file.replaced for file in replaced)
-        notes.append(f"replaced {count:,} bytes that are no UTF-8: {listing(file.name for file in replaced)}")
-    if bad:
-        notes.append(
-            f"more than one byte in a thousand is no UTF-8, iconv converts: {listing(file.name for file in bad)}"
-        )
-    return notes
+    divisions, replaced = (sum(getattr(file, count) for file in files) for count in ("divisions", "replaced"))
+    kinds = {
+        f"divided into documents at {divisions:,} {END_OF_TEXT}": lambda file: file.divisions,
+        "decoded from UTF-16 or UTF-32": lambda file: file.encoding != "utf-8-sig",
+        f"replaced {replaced:,} bytes that are no UTF-8": lambda file: file.replaced,
+        "more than one byte in a thousand is no UTF-8 (iconv converts)": lambda file: 1000 * file.replaced > file.bytes,
+    }
+    chosen = {what: [file.name for file in files if belongs(file)] for what, belongs in kinds.items()}
+    return [f"{what}: {listing(names)}" for what, names in chosen.items() if names]
 
 
 def skipped_notes(skipped: dict[str, list[str]]) -> list[str]:
@@ -496,9 +486,8 @@ def skipped_notes(skipped: dict[str, list[str]]) -> list[str]:
     return [f"skipped: {'; '.join(kinds[:12])}{more}"] if kinds else []
 
 
-def listing(names) -> str:
+def listing(names: list[str]) -> str:
     """How many, and the first three of them."""
-    names = list(names)
     first = ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
     return f"{len(names):,} file{'s' if names[1:] else ''} ({first})"
 
@@ -511,8 +500,9 @@ def printable(text: str, length: int = 100) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Named corpora, each of a pinned revision, so that a file never changes
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+SHAKESPEARE = (  # URL, bytes, SHA-256
+    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
+    "tinyshakespeare/input.txt",
     1115394,
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
@@ -538,7 +528,7 @@ def named_corpus(name: str, shards: int, val_fraction: float, seed: int) -> Corp
     Raises ValueError for a missing package or a file that is not the expected one, OSError if it cannot be had.
     """
     if name == "shakespeare":
-        download(*SHAKESPEARE[:1], DOWNLOADS / "shakespeare.txt", *SHAKESPEARE[1:])
+        download(DOWNLOADS / "shakespeare.txt", *SHAKESPEARE)
         corpus = local_corpus(DOWNLOADS / "shakespeare.txt", val_fraction, seed)
         corpus.meta = dict(urls=[SHAKESPEARE[0]])
         return corpus
@@ -583,7 +573,7 @@ def hub_file(repository: str, revision: str, file: str) -> Path:
         raise OSError(f"could not download {file} of {repository} ({reason}): connect, or {OTHERWISE}") from None
 
 
-def download(url: str, path: Path, size: int, checksum: str) -> None:
+def download(path: Path, url: str, size: int, checksum: str) -> None:
     """Downloads `url` to `path` unless it is there. What has arrived is kept beside it as .part and gone on with.
 
     OSError if the file cannot be had; ValueError, and nothing kept, if it is not the one of `size` and `checksum`.
@@ -617,7 +607,5 @@ def download(url: str, path: Path, size: int, checksum: str) -> None:
             raise OSError(f"could not download {url} ({reason}): {kept}, or {OTHERWISE}")
     if part.stat().st_size != size or sha256(part) != checksum:
         part.unlink()
-        raise ValueError(
-            f"{url} is not the expected file of {size:,} bytes: it has changed, or the download is damaged"
-        )
+        raise ValueError(f"{url} is not the expected file of {size:,} bytes: it has changed, or arrived damaged")
     os.replace(part, path)
