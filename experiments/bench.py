@@ -24,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import sys
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 
 import kernels
 import train
+from experiments.report import command, machine, save_picture, table
 from kernels import TARGETS, compile_ahead, head_norm, mea_attention, mea_decode, record_launches
 from model import GPT, PRESETS, GPTConfig, KVCache
 
@@ -97,14 +97,6 @@ def decode_cost(B, S, H, n_k, n_v, D, itemsize=2, composed=True):
 def compose_then_decode_cost(B, S, H, n_k, n_v, D, itemsize=2):
     """The same step by writing composite heads: the cache read, H heads written and read, for keys and for values."""
     return Cost(B * S * D * itemsize * (n_k + n_v + 4 * H), 2 * B * S * D * H * (n_k + n_v + 2))
-
-
-def table(heads, rows):
-    """The lines of a Markdown table, each when its row comes."""
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + "---|" * len(heads)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def print_table(heads, rows):
@@ -478,28 +470,23 @@ def table_line(row):
 
 
 def draw(rows, path):
-    """Training ratios, decoding against context, memory against length: what was measured, if matplotlib is there."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: pip install matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Training ratios, decoding against context, memory against length: what of it was measured."""
     draws = dict(training=draw_training, decoding=draw_decoding, memory=draw_memory)
     panels = {name: [row for row in rows if row["section"].startswith(name)] for name in draws}
     panels = {name: panel for name, panel in panels.items() if panel}
     if not panels:
         return
     size = (6.5 * len(panels), 4.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for ax, (name, panel) in zip(axes[0], panels.items()):
-        draws[name](ax, panel)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+    def figure(plt):
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        for ax, (name, panel) in zip(axes[0], panels.items()):
+            draws[name](ax, panel)
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=7)
+        return figure
+
+    save_picture(path, figure)
 
 
 def draw_training(ax, rows):
@@ -584,14 +571,14 @@ def main(argv=None):
     if o.kernels:
         time_kernels()
     if chosen:
-        measure(o, chosen, device, dtype, " ".join(sys.argv[1:] if argv is None else argv))
+        measure(o, chosen, device, dtype, command("bench.py", argv))
 
 
-def measure(o, chosen, device, dtype, options):
+def measure(o, chosen, device, dtype, how):
     """Run the chosen sections: the table as it comes, and .json, .md and .png at the end."""
-    command, threads = f"python experiments/bench.py {options}".strip(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     where = (
-        f"`{command}`: preset small, {device} ({platform.machine()}), {threads} threads, torch {torch.__version__}; "
+        f"`{how}` ({machine()}): preset small, {device}, {threads} threads; "
         f"training in {str(dtype)[6:]}, the rest in float32. In turns, medians; ratios of times, median (quartiles). "
         "Memory: one thread, beyond weights and gradients; the ratio is to half the length, 2 being linear."
     )
@@ -615,7 +602,7 @@ def measure(o, chosen, device, dtype, options):
         print(line, flush=True)
     results = ROOT / o.results
     results.parent.mkdir(parents=True, exist_ok=True)
-    content = dict(command=command, threads=threads, dtype=str(dtype), rows=rows)
+    content = dict(command=how, threads=threads, dtype=str(dtype), rows=rows)
     results.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     results.with_suffix(".md").write_text("\n".join(lines) + "\n")
     draw(rows, results.with_suffix(".png"))

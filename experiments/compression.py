@@ -25,6 +25,7 @@ import torch
 
 from compress import choose_ranks, compress, probe
 from data.dataset import WindowSampler, open_dataset, validation_windows
+from experiments.report import command, mean_and_std, number, table
 from checkpoint import from_pretrained
 from train import evaluate
 
@@ -46,13 +47,14 @@ class Rows(dict):
         return self[name]
 
     def write_table(self, lines):
-        text = "\n".join([f"`python experiments/compression.py {' '.join(sys.argv[1:])}`", "", *lines, ""])
+        text = "\n".join([f"`{command('compression.py')}`", "", *lines, ""])
         self.path.with_suffix(".md").write_text(text)
         print(text)
 
 
-def spread(values, sign="+"):
-    return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+def spread(values, form="+.4f"):
+    mean, std = mean_and_std(values)
+    return number(mean, form, std)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,11 +88,7 @@ def our_checkpoints(o):
     for folder in folders:
         for name in OURS:
             rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
-    lines = [
-        "| model | method | loss, original | increase before healing | to svd's "
-        "| after healing, minus the original trained on | n |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for kind in sorted({folder.name.split("-seed")[0] for folder in folders}):
         losses = {
             name: [rows[f"{f.name} | {name}"]["loss"] for f in folders if f.name.split("-seed")[0] == kind]
@@ -100,10 +98,10 @@ def our_checkpoints(o):
         for name, mine in losses.items():
             ratio = statistics.mean(gain / svd for gain, svd in zip(gains[name], gains["svd"]))
             healed = spread([loss["healed"] - loss["continued"] for loss in mine]) if OURS[name][1] else ""
-            before = spread([loss["before"] for loss in mine], sign="")
-            cells = [kind, name, before, spread(gains[name]), f"{ratio:.3f}", healed, str(len(mine))]
-            lines.append(f"| {' | '.join(cells)} |")
-    rows.write_table(lines)
+            before = spread([loss["before"] for loss in mine], form=".4f")
+            cells.append([kind, name, before, spread(gains[name]), f"{ratio:.3f}", healed, str(len(mine))])
+    heads = ["model", "method", "loss, original", "increase before healing", "to svd's"]
+    rows.write_table(table([*heads, "after healing, minus the original trained on", "n"], cells))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,19 +137,18 @@ def pretrained(o):
         costs = {(int(layer), kind): cost for key, cost in costs.items() for layer, kind in [key.split()]}
         for ratio in (0.75, 0.5):
             rows.fill(f"probe {ratio} | aligned", lambda: compressed(ratio, "probe", "aligned", costs))
-    lines = [
-        f"Original: {before[0]:.4f} / {before[1]:.4f} nats per token on text like the calibration text / other text.",
-        "",
-        "| layers | method | cache | increase of the loss, like text / other text |",
-        "|---|---|---|---|",
-    ]
+    cells = []
     whole = load().config.n_kv_head
     for name, row in rows.items():
         if "|" in name:
             share = statistics.mean(n for pair in row["ranks"] for n in pair) / whole
             a, b = (after - start for after, start in zip(row["loss"], before))
-            lines.append(f"| {name} | {share:.3f} | {a:+.3f} / {b:+.3f} |")
-    rows.write_table(lines)
+            cells.append([*name.split(" | "), f"{share:.3f}", f"{a:+.3f} / {b:+.3f}"])
+    heads = ["layers", "method", "cache", "increase of the loss, like text / other text"]
+    original = (
+        f"Original: {before[0]:.4f} / {before[1]:.4f} nats per token on text like the calibration text / other text."
+    )
+    rows.write_table([original, "", *table(heads, cells)])
 
 
 @dataclass

@@ -23,7 +23,6 @@ Read sample.py first.
 import json
 import logging
 import math
-import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -38,6 +37,7 @@ from options import choose_device, fail, option, parse_options, run_program, wri
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from experiments.report import command, machine, number, table
 from sample import open_model
 
 try:
@@ -199,41 +199,41 @@ def load_tasks(names, include_path=None):
 def run_tasks(harness, tasks, limit=None, num_fewshot=None):
     """{task: {metric: (value, standard error or None)}} of one model."""
     results = simple_evaluate(harness, tasks=tasks, limit=limit, num_fewshot=num_fewshot, log_samples=False)["results"]
-    table = {}
+    scores = {}
     for task, values in results.items():
         numbers = {key: value for key, value in values.items() if isinstance(value, float)}  # some errors are "N/A"
-        table[task] = {
+        scores[task] = {
             key.removesuffix(",none"): (value, numbers.get("{}_stderr,{}".format(*key.split(",", 1))))
             for key, value in numbers.items()
             if "_stderr" not in key
         }
-    return table
+    return scores
 
 
-def average(table):
+def average(scores):
     """Mean accuracy over the tasks that have one, and its standard error: the tasks are independent. Or None."""
-    scores = [metrics["acc"] for metrics in table.values() if "acc" in metrics]
-    if not scores:
+    accuracies = [metrics["acc"] for metrics in scores.values() if "acc" in metrics]
+    if not accuracies:
         return None
-    values, errors = zip(*scores)
-    return sum(values) / len(scores), None if None in errors else math.hypot(*errors) / len(scores)
+    values, errors = zip(*accuracies)
+    return sum(values) / len(values), None if None in errors else math.hypot(*errors) / len(values)
 
 
 def markdown(results):
     """Table 1's layout: a row per checkpoint, accuracy in %. A task without accuracy shows its first metric."""
 
-    def cell(score, scale):
+    def cell(score, scale=100):
         value, error = score or (None, None)
-        return ("" if value is None else f"{scale * value:.2f}") + ("" if error is None else f" ± {scale * error:.2f}")
+        return number(value and scale * value, ".2f", error and scale * error)
 
     first = next(iter(results.values()))
     metric = {task: "acc" if "acc" in metrics else next(iter(metrics), "") for task, metrics in first.items()}
     heads = [NAMES.get(task, task) + ("" if name == "acc" else f" ({name})") for task, name in metric.items()]
-    lines = [f"| | {' | '.join(heads)} | average |", "|---" * (len(heads) + 2) + "|"]
-    for checkpoint, table in results.items():
-        cells = [cell(table[task].get(name), 100 if name == "acc" else 1) for task, name in metric.items()]
-        lines.append(f"| {checkpoint} | {' | '.join(cells)} | {cell(average(table), 100)} |")
-    return "\n".join(lines)
+    rows = []
+    for checkpoint, scores in results.items():
+        cells = [cell(scores[task].get(name), 100 if name == "acc" else 1) for task, name in metric.items()]
+        rows.append([checkpoint, *cells, cell(average(scores))])
+    return "\n".join(table(["", *heads, "average"], rows))
 
 
 @dataclass
@@ -275,12 +275,12 @@ def main(argv=None):
             print(path, file=sys.stderr)
             results[path] = run_tasks(Harness(*open_model(path, device), o.batch_size), tasks, o.limit, o.num_fewshot)
         report = dict(
-            command="python experiments/evaluate.py " + " ".join(sys.argv[1:] if argv is None else argv),
-            machine=f"{platform.machine()}, {device.type}, Python {platform.python_version()}",
+            command=command("evaluate.py", argv),
+            machine=f"{device.type}, {machine()}",
             versions={library: version(library) for library in ("lm_eval", "torch")},
             options=asdict(o),
             results=results,
-            average={path: average(table) for path, table in results.items()},
+            average={path: average(scores) for path, scores in results.items()},
         )
         write_atomically(out, json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:

@@ -40,7 +40,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -58,6 +57,7 @@ import torch
 
 import train
 from attention import ATTENTION
+from experiments.report import command, machine, mean_and_std, number, save_picture, table
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig, build_config
 
@@ -69,12 +69,12 @@ DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
 
 def variants():
     """{name: options of train.py}: each attention with its own default head norm, and with the opposite."""
-    table = {}
+    known = {}
     for name in ATTENTION:
         norm = GPTConfig(vocab_size=256, attention=name).head_norm
-        table[name] = ["--attention", name]
-        table[name + ("-norm" if norm else "+norm")] = ["--attention", name, "--head_norm", "no" if norm else "yes"]
-    return table
+        known[name] = ["--attention", name]
+        known[name + ("-norm" if norm else "+norm")] = ["--attention", name, "--head_norm", "no" if norm else "yes"]
+    return known
 
 
 def variant_options(variant):
@@ -282,22 +282,14 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
-def mean_and_std(values):
-    """Mean (None of nothing) and standard deviation (None of fewer than two)."""
-    values = [*values]
-    return statistics.mean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
-
-
 def outcome(root, setting, seeds):
     """(a row of counts and losses, {seed: last line of its metrics}) of a setting's finished runs."""
     folders = setting.folders(root, seeds)
     ends = {seed: line for seed, folder in enumerate(folders) if (line := finished(folder))}
     lost = sum(seed not in ends and diverged(folder) for seed, folder in enumerate(folders))
-    losses, spikes = (
-        {seed: line["val_loss"] for seed, line in ends.items()},
-        [line["loss_spikes"] for line in ends.values()],
-    )
-    return dict(asdict(setting), n=len(ends), diverged=lost, spikes=sum(spikes), losses=losses), ends
+    losses = {seed: line["val_loss"] for seed, line in ends.items()}
+    spikes = sum(line["loss_spikes"] for line in ends.values())
+    return dict(asdict(setting), n=len(ends), diverged=lost, spikes=spikes, losses=losses), ends
 
 
 def summary(root, settings, seeds, own_rates=False):
@@ -305,7 +297,7 @@ def summary(root, settings, seeds, own_rates=False):
 
     MHA is the one of the same size and, unless each variant has its own, the same rate.
     """
-    table, outcomes = {}, {setting: outcome(root, setting, seeds) for setting in settings}
+    rows, outcomes = {}, {setting: outcome(root, setting, seeds) for setting in settings}
     for setting, (row, ends) in outcomes.items():
         plain = Setting("mha", setting.learning_rate, setting.size)
         if own_rates:
@@ -317,36 +309,23 @@ def summary(root, settings, seeds, own_rates=False):
         row["minus_mha"], row["minus_mha_std"] = mean_and_std(paired)
         row["p"] = sign_flip_p(paired) if len(paired) > 1 else None
         if row["n"] or row["diverged"]:
-            table[setting.variant if own_rates and not setting.size else setting.name] = row
-    return table
+            rows[setting.variant if own_rates and not setting.size else setting.name] = row
+    return rows
 
 
-def number(value, form, std=None):
-    return ("" if value is None else f"{value:{form}}") + ("" if std is None else f" ± {std:.4f}")
-
-
-def table_lines(heads, rows):
-    """A Markdown table."""
-    head, *lines = [f"| {' | '.join(cells)} |" for cells in [heads, *rows]]
-    return [head, "|" + "---|" * len(heads), *lines]
-
-
-def markdown(table):
+def markdown(outcomes):
     heads = ["variant", "rate", "validation loss", "bits per byte", "minus MHA, same seed", "p", "spikes", "seeds"]
     rows = []
-    for name, row in table.items():
+    for name, row in outcomes.items():
         losses = number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")
         versus = number(row["minus_mha"], "+.4f", row["minus_mha_std"]), number(row["p"], ".3g")
         seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
         rows.append([name, number(row["learning_rate"], "g"), *losses, *versus, str(row["spikes"]), seeds])
-    lines = table_lines(heads, rows)
-    if counts := sorted({row["n"] for row in table.values() if row["p"] is not None}):
+    lines = [*table(heads, rows)]
+    if counts := sorted({row["n"] for row in outcomes.values() if row["p"] is not None}):
         smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
-        lines += [
-            "",
-            "Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences, which cannot",
-        ]
-        lines += [f"be below {smallest}."]
+        lines += ["", "Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences,"]
+        lines += [f"which cannot be below {smallest}."]
     return "\n".join(lines)
 
 
@@ -365,26 +344,20 @@ def fit_power_law(tokens, losses):
     if len(y) < 4:
         raise ValueError(f"a loss curve of {len(y)} points is too short to fit: 4 are needed")
 
-    def project(alphas, w):
-        """Amplitude, L_0 and weighted squared error for each alpha."""
-        basis = np.exp(-np.outer(alphas, x))  # (alphas, points)
-        w = w / w.sum()
-        centred, mean = basis - (basis @ w)[:, None], y @ w
-        amplitude = np.maximum(centred @ (w * (y - mean)) / (centred**2 @ w), 0)
-        floor = mean - amplitude * (basis @ w)
+    alphas, weights = np.geomspace(0.02, 2, 2001), np.ones(len(y))
+    basis = np.exp(-np.outer(alphas, x))  # (alphas, points)
+    for _ in range(10):
+        w = weights / weights.sum()
+        centred = basis - (basis @ w)[:, None]
+        amplitude = np.maximum(centred @ (w * y) / (centred**2 @ w), 0)
+        floor = y @ w - amplitude * (basis @ w)
         amplitude = np.where(floor < 0, basis @ (w * y) / (basis**2 @ w), amplitude)
         floor = np.maximum(floor, 0)
-        return amplitude, floor, (amplitude[:, None] * basis + floor[:, None] - y) ** 2 @ w
-
-    alphas, weights = np.geomspace(0.02, 2, 2001), np.ones(len(y))
-    for _ in range(10):
-        amplitude, floor, error = project(alphas, weights)
-        best = int(error.argmin())
-        found = alphas[best], amplitude[best], floor[best]
-        off = np.abs(found[1] * np.exp(-found[0] * x) + found[2] - y)
-        weights = 1 / np.maximum(1, off / (1.345 * 1.4826 * np.median(off) + 1e-12))
-    alpha, amplitude, floor = map(float, found)
-    return dict(alpha=alpha, D_c=float(tokens[-1]) * amplitude ** (1 / alpha), L_0=floor)
+        off = np.abs(amplitude[:, None] * basis + floor[:, None] - y)
+        best = int((off**2 @ w).argmin())
+        weights = 1 / np.maximum(1, off[best] / (1.345 * 1.4826 * np.median(off[best]) + 1e-12))
+    alpha = float(alphas[best])
+    return dict(alpha=alpha, D_c=float(tokens[-1] * amplitude[best] ** (1 / alpha)), L_0=float(floor[best]))
 
 
 def power_law(fit, tokens):
@@ -498,13 +471,13 @@ def rates_markdown(rows, choices, laws):
         cells.append([row["variant"], row["size"] or "", f"{row['learning_rate']:g}"])
         cells[-1] += [number(loss, ".4f"), number(*ahead), str(row["spikes"]), lost, mark]
     heads = ["variant", "size", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""]
-    lines, cells = table_lines(heads, cells), []
+    lines, cells = [*table(heads, cells)], []
     for choice in choices:
         rate = number(choice["learning_rate"], "g") or "none is stable: try smaller ones"
         size, parameters = choice["size"] or "", f"{choice['parameters']:,}"
         cells.append([choice["variant"], size, parameters, rate, number(choice["best"], ".2g")])
     heads = ["chosen: largest stable rate near the lowest loss", "lowest extrapolated loss, between rates"]
-    lines += ["", *table_lines(["variant", "size", "parameters", *heads], cells)]
+    lines += ["", *table(["variant", "size", "parameters", *heads], cells)]
     power = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}"
     cells = []
     for law in laws:
@@ -513,7 +486,7 @@ def rates_markdown(rows, choices, laws):
         cells.append([law["variant"], power(law), *tested])
     if laws:
         heads = ["variant", "best rate", "without the largest size", "prediction for it", "found"]
-        lines += ["", *table_lines(heads, cells)]
+        lines += ["", *table(heads, cells)]
     return "\n".join(lines)
 
 
@@ -530,20 +503,10 @@ def read_rates(path):
 # Pictures: what is drawn is what the .json beside the picture holds
 
 
-def save_picture(path, data, draw):
+def write_picture(path, data, draw):
     """Write path.json and, where matplotlib is installed, path.png: draw(pyplot, data) returns a figure."""
     Path(f"{path}.json").write_text(json.dumps(data) + "\n")
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}.png: pip install matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = draw(plt, data)
-    figure.savefig(f"{path}.png", dpi=120)
-    plt.close(figure)
+    save_picture(Path(f"{path}.png"), lambda plt: draw(plt, data))
 
 
 def line_style(variant):
@@ -557,10 +520,10 @@ def title(size):
     return f"{'width ' * size.isdecimal()}{size}: " if size else ""
 
 
-def curves(root, table, seeds):
+def curves(root, outcomes, seeds):
     """{size: {variant: {tokens, losses}}}: validation losses by seed; of several rates, the one that ended lowest."""
     data = {}
-    for row in sorted((row for row in table.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
+    for row in sorted((row for row in outcomes.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
         folders = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, seeds)
         runs = {seed: [line for line in read_lines(folders[seed]) if "val_loss" in line] for seed in row["losses"]}
         tokens = [line["tokens"] for line in next(iter(runs.values()))]
@@ -599,10 +562,10 @@ def draw_curves(plt, data):
     return figure
 
 
-def sensitivity(table):
+def sensitivity(outcomes):
     """{size: {variant: [{learning_rate, losses, unstable}, ..]}}, by rate; `unstable` counts spikes and lost runs."""
     data = {}
-    for row in sorted(table.values(), key=lambda row: row["learning_rate"]):
+    for row in sorted(outcomes.values(), key=lambda row: row["learning_rate"]):
         point = dict(learning_rate=row["learning_rate"], losses=[*row["losses"].values()])
         point["unstable"] = row["spikes"] + row["diverged"]
         data.setdefault(row["size"] or "", {}).setdefault(row["variant"], []).append(point)
@@ -660,17 +623,17 @@ def draw_compositions(plt, data, columns=6):
     return figure
 
 
-def draw_runs(root, results, table, seeds):
+def draw_runs(root, results, outcomes, seeds):
     """All pictures that the finished runs allow: <results>-curves, -sensitivity and -<run>-compositions."""
-    rows = [row for row in table.values() if row["n"]]
+    rows = [row for row in outcomes.values() if row["n"]]
     if rows:
-        save_picture(Path(f"{results}-curves"), curves(root, table, seeds), draw_curves)
-    if len({(row["variant"], row["size"]) for row in table.values()}) < len(table):  # several rates of one
-        save_picture(Path(f"{results}-sensitivity"), sensitivity(table), draw_sensitivity)
+        write_picture(f"{results}-curves", curves(root, outcomes, seeds), draw_curves)
+    if len({(row["variant"], row["size"]) for row in outcomes.values()}) < len(outcomes):  # several rates of one
+        write_picture(f"{results}-sensitivity", sensitivity(outcomes), draw_sensitivity)
     for row in rows:
         folder = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, 1)[0]
         if data := compositions(folder):
-            save_picture(Path(f"{results}-{folder.name}-compositions"), data, draw_compositions)
+            write_picture(f"{results}-{folder.name}-compositions", data, draw_compositions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,12 +711,11 @@ def plan(a, rest):
     return settings, runs, root, ROOT / (a.results or f"experiments/results/{name}")
 
 
-def write(results, command, text, **content):
+def write(results, how, text, **content):
     results.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()} CPU, Python {platform.python_version()}"
-    content = dict(command=command, machine=machine, **content)
+    content = dict(command=how, machine=machine(), **content)
     results.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    results.with_suffix(".md").write_text(f"`{command}` ({machine})\n\n{text}\n")
+    results.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
 
 
 def main(argv=None):
@@ -763,17 +725,17 @@ def main(argv=None):
         settings, runs, root, results = plan(a, rest)
     except ValueError as error:
         fail(error)
-    command = " ".join(["python experiments/sweep.py", *argv])
+    how = command("sweep.py", argv)
 
     def tabulate():
-        table = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
+        rows = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
         if a.choose_rates:
-            rows, choices, laws = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
-            content = dict(tolerance=a.tolerance, choices=choices, laws=laws, rows=rows)
-            write(results, command, rates_markdown(rows, choices, laws), **content)
+            tried, choices, laws = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
+            content = dict(tolerance=a.tolerance, choices=choices, laws=laws, rows=tried)
+            write(results, how, rates_markdown(tried, choices, laws), **content)
         else:
-            write(results, command, markdown(table), table=table)
-        return table
+            write(results, how, markdown(rows), table=rows)
+        return rows
 
     def stop(number, _):
         print("\nstopped: the same command goes on", file=sys.stderr)

@@ -30,6 +30,7 @@ from options import fail, option, parse_options, run_program  # before torch
 import torch
 
 import train
+from experiments.report import command, machine, table
 from checkpoint import load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,27 +433,23 @@ def main(argv=None):
         for name in chosen:
             for fault, what, survived in FAULTS[name](lab):
                 what = what.replace(work, "").replace("|", "/")
-                rows.append(f"| {fault} | {what} | {'yes' if survived else '**NO**'} |")
-                print(rows[-1], flush=True)
+                rows.append([fault, what, "yes" if survived else "**NO**"])
+                print(*rows[-1], sep=" | ", flush=True)
                 write(o, argv, rows, time.monotonic() - began)
-    return int(any("**NO**" in row for row in rows))
+    return int(any(survived != "yes" for *_, survived in rows))
 
 
 def write(o, argv, rows, seconds):
-    command = " ".join(["python experiments/torture.py", *(sys.argv[1:] if argv is None else argv)])
-    machine = f"{platform.machine()} CPU, {platform.system()}, Python {platform.python_version()}"
     text = f"""# What a run survives
 
-`{command}` ({machine}, torch {torch.__version__}, {seconds / 60:.0f} minutes)
+`{command("torture.py", argv)}` ({machine()}, {platform.system()}, {seconds / 60:.0f} minutes)
 
 Every run: preset {o.preset}, {o.steps} steps, a checkpoint at every step. "Bit-identical": weights, optimiser state,
 random state and every logged number but the speeds equal those of an undisturbed run.
-
-| fault | what happened | survived |
-|---|---|---|
 """
-    survived = sum("**NO**" not in row for row in rows)
-    (ROOT / o.results).write_text(text + "\n".join([*rows, "", f"{survived} of {len(rows)} survived.", ""]))
+    survived = sum(row[-1] == "yes" for row in rows)
+    lines = [*table(["fault", "what happened", "survived"], rows), "", f"{survived} of {len(rows)} survived.", ""]
+    (ROOT / o.results).write_text("\n".join([text, *lines]))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_the_table_has_the_papers_layout():
     }
     assert average(results["a"]) == (pytest.approx(0.375), pytest.approx(0.025))
     assert markdown(results).splitlines() == [
-        "| | PIQA | mine | average |",
+        "|  | PIQA | mine | average |",
         "|---|---|---|---|",
         "| a | 50.00 ± 3.00 | 25.00 ± 4.00 | 37.50 ± 2.50 |",
         "| b | 60.00 | 30.00 ± 4.00 | 45.00 |",
