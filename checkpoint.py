@@ -293,10 +293,10 @@ def config_of(theirs, block_size=None):
     return GPTConfig(**shape)
 
 
-def exported_model(model, end_of_text=None):
+def exported_model(model, spoken):
     """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3.
 
-    Raises ValueError for a model that none of them can say.
+    `spoken` has the ids that begin and end a text. Raises ValueError for a model that none of them can say.
     """
     c = model.config
     heads = {c.kv_heads(layer) for layer in range(c.n_layer)}
@@ -340,9 +340,7 @@ def exported_model(model, end_of_text=None):
         rms_norm_eps=c.norm_eps,
         rope_parameters=rope,
         tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1,
-        bos_token_id=None,
-        eos_token_id=end_of_text,
-        pad_token_id=None,
+        **(dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | spoken),
     )
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(model.lm_head.weight.dtype)
     named = {name if name.startswith("lm_head.") else f"model.{name}": w for name, w in weights.items()}
@@ -357,14 +355,16 @@ def to_pretrained(model, folder, tokenizer=None):
     Returns what could not be written, one line or "". The folder appears when it is complete. Raises ValueError,
     FileExistsError for a folder that exists, or OSError.
     """
-    end, content, note = None, None, "no tokenizer was given"
+    content, note, spoken = None, "no tokenizer was given", {}
     if tokenizer is not None:
-        end, note = tokenizer.end_of_text, ""
+        ends, note = sorted(tokenizer.end_tokens), ""
+        spoken = dict(bos_token_id=next(iter(tokenizer.start_of_text), None))
+        spoken |= dict(eos_token_id=ends[0] if len(ends) == 1 else ends)
         try:
             content = tokenizer.to_hugging_face()
         except ValueError as error:
             note = str(error)
-    theirs = exported_model(model, end)
+    theirs = exported_model(model, spoken)
     with new_folder(folder) as new:
         try:
             theirs.save_pretrained(new)
@@ -373,7 +373,7 @@ def to_pretrained(model, folder, tokenizer=None):
         except Exception as error:  # safetensors has an exception of its own for a full disk
             raise OSError(str(error)) from error
         if content is not None:
-            spelled = tokenizer.decode([end])
+            spelled = tokenizer.decode([tokenizer.end_of_text])
             about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=spelled)
             for name, what in (("tokenizer.json", content), ("tokenizer_config.json", about)):
                 (new / name).write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")

@@ -29,8 +29,10 @@ from compress import (
     value_blocks,
 )
 from data.dataset import WindowSampler, open_dataset
+from data.prepare import prepare
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig, KVCache
+from sample import open_model
 
 BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
 D, C = 6, 24
@@ -131,8 +133,7 @@ def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
 
 
 def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_frequency():
-    """For n -> n-1 complex numbers per head and frequency lose nothing to a truncated SVD of each frequency by itself.
-    """
+    """For n -> n-1, complex numbers per head and frequency lose nothing to an SVD of each frequency by itself."""
     heads = key_blocks(random_heads(3, seed=4, columns=40))
     best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
     w, turn, _ = align_by_rotation(heads, 2)
@@ -598,3 +599,45 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     assert "only a full set of components" in refused(
         capsys, "--checkpoint", tmp_path / "hf-kv0.5", "--export", "hf", "--out_dir", tmp_path / "no"
     )
+
+
+def test_a_start_of_text_survives_compression(tmp_path):
+    """Four equal key/value heads lose nothing at half the cache, so the text that follows a prompt stays, too."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = ["The", "old", "red", "dog", "fox", "ran", "to", "hill", "town", "."]
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *words])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    (tmp_path / "hf").mkdir()
+    inner.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    torch.manual_seed(0)
+    shape = dict(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.3)
+    )
+    for layer in theirs.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.weight.data = projection.weight.data.view(4, 8, 32)[:1].expand(4, 8, 32).reshape(32, 32).clone()
+    theirs.save_pretrained(tmp_path / "hf")
+    text = " ".join(words[i * i % 10] for i in range(4000))
+    (tmp_path / "text.txt").write_text(text)
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path / 'hf'}", out_dir=tmp_path / "set")
+    run(
+        "--checkpoint",
+        tmp_path / "hf",
+        "--data_dir",
+        tmp_path / "set",
+        "--out_dir",
+        tmp_path / "half",
+        "--block_size",
+        16,
+    )
+    texts = []
+    for name in ("hf", "half"):
+        model, tokenizer, start, stop = open_model(tmp_path / name, "cpu")
+        assert start == (0,) and 1 in stop
+        prompt = [*start, *tokenizer.encode("The")]
+        texts.append(model.generate([prompt], 90, temperature=0, stop_tokens=stop, keep=1))  # beyond the 64 of a block
+    assert texts[0] == texts[1]

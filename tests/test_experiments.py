@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from experiments import bench, compression, sweep
+from checkpoint import to_pretrained
 from model import GPT, GPTConfig
 
 
@@ -295,7 +296,7 @@ def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_
     pytest.importorskip("transformers")
     monkeypatch.setattr(compression, "RESULTS", tmp_path)
     config = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32, attention="mha")
-    GPT(config).to_pretrained(tmp_path / "tiny")
+    to_pretrained(GPT(config), tmp_path / "tiny")
     options = f"--pretrained {tmp_path / 'tiny'} --data_dir {data} --other_data_dir {data} --block_size 32"
     options = f"{options} --calibration_windows 2 --eval_windows 2 --probe_windows 2".split()
     compression.main(options)

@@ -141,6 +141,16 @@ def test_greedy_text_is_the_same_without_the_cache_beyond_the_block_size_too(att
     assert [len(new) for new in cached] == [40, 40, 40]
 
 
+def test_the_start_of_a_text_stays_when_its_context_outgrows_the_block(monkeypatch):
+    model, seen = make(), []
+    original = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda x, *more: seen.append(x) or original(x, *more))
+    kept = model.generate([[7, *range(20)]], 30, temperature=0, keep=1)
+    whole = [x[0].tolist() for x in seen if x.size(1) > 1]
+    assert len(whole) > 2 and all(row[0] == 7 for row in whole)
+    assert kept == model.generate([[7, *range(20)]], 30, temperature=0, keep=1, use_cache=False)
+
+
 def test_within_the_block_size_generation_is_the_argmax_of_the_logits():
     model, context = make(), tokens(6).tolist()
     expected = []
