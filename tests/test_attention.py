@@ -27,7 +27,7 @@ ROPE = rope_table(64, D)
 
 
 def make(attention, *, seed=0, n_kv_head=None, scramble=True, **fields):
-    """A layer in float64 whose parameters, norms and mixes included, are all random: nothing cancels by being 0 or 1."""
+    """A layer in float64 whose parameters are all random, norms and mixes too: nothing cancels by being 0 or 1."""
     torch.manual_seed(seed)
     fields = {"vocab_size": 11, "block_size": 64, "n_layer": 1, "n_head": H, "n_embd": C, **fields}
     layer = ATTENTION[attention](GPTConfig(attention=attention, n_kv_head=n_kv_head, **fields), 0).double()
@@ -414,7 +414,7 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
 def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
-    """What a GPU runs, on the path that kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
+    """What a GPU runs, on the path kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
     config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=n_kv_head)
     plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
     fused.kernel, calls = "sdpa", []

@@ -392,7 +392,7 @@ def bounded_memory(more=3 << 30):
 
 
 def opens_or_is_refused(opener, folder):
-    """True if `opener` took what is in the folder, False for one of the documented exceptions; any other comes through."""
+    """True if `opener` took what is in the folder, False for a documented exception; any other comes through."""
     try:
         opener(folder)
         return True

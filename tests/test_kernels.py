@@ -80,7 +80,6 @@ def exact_bf16(monkeypatch):
                 rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
                 return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
             return builtin[name](self, widen(source), target, *arguments)
-
         return cast
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
@@ -116,14 +115,8 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
 
 
 FEW = [(2, 77, 32, 4, 2, 2, True), (1, 128, 64, 2, 2, 1, False), (1, 17, 80, 4, 3, 2, True), (3, 1, 16, 3, 1, 2, True)]
-GRID = [
-    (B, T, D, H, n, n, norm)
-    for T in (1, 17, 64, 77, 128)
-    for D in (16, 32, 64, 80)
-    for H, n in ((4, 4), (4, 2), (8, 3), (6, 1))
-    for norm in (True, False)
-    for B in (1, 3)
-]
+GRID = [(B, T, D, H, n, n, norm) for T in (1, 17, 64, 77, 128) for D in (16, 32, 64, 80)
+        for H, n in ((4, 4), (4, 2), (8, 3), (6, 1)) for norm in (True, False) for B in (1, 3)]
 
 
 @needs_triton
@@ -140,21 +133,14 @@ def test_fused_attention_and_its_gradients_equal_the_reference_everywhere(proble
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
-        pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head"),
-    ],
-)
+@pytest.mark.parametrize("problem", [pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
+                                     pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head")])
 def test_the_tiles_of_half_precision_give_the_same_numbers(problem):
     check_attention("triton", 2e-3, 5e-3, *problem, dtype=torch.float16, composed=False)
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str
-)
+@pytest.mark.parametrize("problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str)
 def test_bf16_equals_the_reference(problem, exact_bf16):
     check_attention("triton", 5e-3, 2e-2, *problem, dtype=torch.bfloat16)
 
@@ -296,10 +282,8 @@ def test_every_path_honours_eps_and_autocast():
 
 
 def test_importing_never_needs_triton():
-    script = (
-        "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n"
-        "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
-    )
+    script = "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n" \
+             "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("None torch.Size([1, 2, 3, 16])"), done.stderr
 
@@ -308,16 +292,12 @@ def test_importing_never_needs_triton():
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_operators_pass_opcheck(norm):
     torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
-    q, k, v, _, _, gain = [
-        x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)
-    ]
+    q, k, v, _, _, gain = [x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)]
     torch.library.opcheck(kernels.flash, (q, k, v, gain, 1e-6, True))
     with torch.no_grad():
         out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
         grad_inputs = (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
-        torch.library.opcheck(
-            kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs)
-        )
+        torch.library.opcheck(kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs))
         q, k, v, gain = (x if x is None else x.detach() for x in (q, k, v, gain))
         torch.library.opcheck(kernels.decode, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
 
@@ -338,7 +318,6 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
 
 
 # ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------------
-
 
 def run_without_interpreter(*command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -378,10 +357,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
 @pytest.mark.slow
 def test_the_compiled_loops_move_the_bytes_and_do_the_work_of_the_cost_model():
     """The decode kernel's loop copies each key block of the compressed cache exactly once, for all heads together."""
-    table = [
-        line.strip("| ").split(" | ")
-        for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")
-    ]
+    table = [line.strip("| ").split(" | ") for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")]
     rows = [(row[2], *map(float, row[3:])) for row in table if row[0].startswith("sm_")]
     assert len(rows) == 2 * 2 * 4
     for kernel, model_bytes, compiled_bytes, model_flops, compiled_flops in rows:
