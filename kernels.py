@@ -1,36 +1,45 @@
-"""Fused attention for Multi-head Explicit Attention (MEA): prefill, backward and decode in Triton.
+"""Fast attention: Triton kernels for Multi-head Explicit Attention (MEA), and torch's paths to the same numbers.
 
-MEA (arXiv 2601.19611, eq. 10-12) projects `Hc` component heads, mixes them into `H` composite heads with one learned (Hc, H)
-matrix for keys and one for values, attends causally, and normalises the output of every head by itself:
+MEA (arXiv 2601.19611, eq. 10-12) projects `Hc` component heads, mixes them into `H` composite heads with one learned
+(Hc, H) matrix for keys and one for values, attends causally, and normalises the output of every head by itself:
 
-    K_h = sum_c compose_k[c, h] K_c     V_h = sum_c compose_v[c, h] V_c     y_h = RMSNorm(softmax(q_h K_h^T / sqrt(D)) V_h) * gain_h
+    K_h = sum_c compose_k[c, h] K_c     V_h = sum_c compose_v[c, h] V_c
+    y_h = RMSNorm(softmax(q_h K_h^T / sqrt(D)) V_h) * gain_h
 
 Where to mix follows from what must be read:
 
-- Prefill and training (`mea_attention`) mix first, in one small matmul, and then run one flash-attention kernel whose epilogue is
-  the norm. Mixing tiles inside that kernel looks more fused and is slower: each of the T / BLOCK_M query blocks of each head would
-  reload and remix all Hc component tiles, Hc times the traffic of the attention itself. Where the matrices were folded into the
-  projections nothing is left to mix: pass None.
+- Prefill and training (`mea_attention`) mix first, in one small matmul, and then run one flash-attention kernel whose
+  epilogue is the norm. Mixing tiles inside that kernel looks more fused and is slower: each of the T / BLOCK_M query
+  blocks of each head would reload and remix all Hc component tiles, Hc times the traffic of the attention itself.
+  Where the matrices were folded into the projections nothing is left to mix: pass None.
 - Decoding (`mea_decode`) is bound by reading the cache, so it never builds a composite head. The mix is linear, hence
-      q_h . K_h[s] = sum_c compose_k[c, h] (q_h . K_c[s])   and   sum_s p[h, s] V_h[s] = sum_c compose_v[c, h] (sum_s p[h, s] V_c[s]):
-  a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
+      q_h . K_h[s] = sum_c compose_k[c, h] (q_h . K_c[s])
+      sum_s p[h, s] V_h[s] = sum_c compose_v[c, h] (sum_s p[h, s] V_c[s])
+  and a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
 
-The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that prepares it. Scores
-are kept in units of log 2: the hardware has exp2, not exp.
+The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that
+prepares it. Scores are kept in units of log 2: the hardware has exp2, not exp.
 
-Both functions know three paths to the same numbers: "triton" (a GPU; or, for tests, a CPU with TRITON_INTERPRET=1), "sdpa" (torch's
-fused attention) and "reference" (the formulas above). Read next: attention.py.
+`causal_attention` is the same without composition and norm, for every variant. All three know these paths:
 
-    python kernels.py                      # which path this machine takes, and a numeric check of each path it has
-    python kernels.py --aot sm_80,sm_90    # compile for GPUs that need not be here: registers, shared memory, instructions
+    triton      the kernels below, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
+    sdpa        torch's fused attention
+    blocks      `BlockAttention`: blocks of queries in plain matmuls, the kernels' loop in ten lines of PyTorch a pass;
+                on a CPU often faster than torch's. Read it before the kernels.
+    reference   the formula
+    auto        what `set_kernel` says, by default blocks where they are faster and sdpa elsewhere
+
+Read next: attention.py; experiments/aot.py compiles the kernels for GPUs that need not be here.
+
+    python kernels.py              # a numeric check of each path that this machine has
+    python kernels.py --time       # blocks beside torch's fused attention on this machine
 """
+
 import argparse
 import functools
 import logging
-import re
-import subprocess
-import sys
-import tempfile
+import statistics
+import time
 from types import SimpleNamespace
 from typing import Optional
 
@@ -41,19 +50,20 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+
     jit = triton.jit
 except ImportError:  # no Triton on this machine: the kernels below are then plain functions that nothing calls
     triton, tl, jit = None, SimpleNamespace(constexpr=int), lambda function: function
 
 log = logging.getLogger(__name__)
 
-# ---- tiles ----------------------------------------------------------------------------------------------------------------
-# Tensors are (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, the power of two from D on.
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+# Tensors are (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D up to a power of two.
 
 
 @jit
 def load_tile(tensor, b, h, start, strides, T, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows start .. start + BLOCK. Past T they repeat the last row: that costs less than a mask, and the callers hide them."""
+    """Rows start .. start + BLOCK. Past T they repeat the last row, which costs less than a mask; callers hide them."""
     rows, columns = tl.minimum(tl.arange(0, BLOCK), T - 1 - start)[:, None], tl.arange(0, WIDTH)[None, :]
     # The first row may be more than 2^31 elements away; the offsets from there stay 32-bit, which saves registers.
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
@@ -67,7 +77,9 @@ def load_tile(tensor, b, h, start, strides, T, D: tl.constexpr, BLOCK: tl.conste
 def store_tile(tensor, b, h, start, strides, T, D: tl.constexpr, tile):
     rows, columns = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
-    tl.store(tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=(start + rows < T) & (columns < D))
+    tl.store(
+        tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=(start + rows < T) & (columns < D)
+    )
 
 
 @jit
@@ -75,14 +87,33 @@ def load_gain(gain, h, D: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(gain + h * D + tl.arange(0, WIDTH), mask=tl.arange(0, WIDTH) < D, other=0.0)
 
 
-# ---- prefill --------------------------------------------------------------------------------------------------------------
-# One program per (block of rows, batch row x head). Loops over the other axis come in pairs that tl.static_range unrolls: whole
-# blocks, and blocks that the diagonal crosses, which alone pay for the causal mask. `strides` are those of all the outputs.
+# ---- prefill --------------------------------------------------------------------------------------------------------
+# `BlockAttention` is the same in PyTorch. One program per (block of rows, batch row x head). Loops over the other axis
+# come in pairs that tl.static_range unrolls: whole blocks, and blocks that the diagonal crosses, which alone pay for the
+# causal mask. `strides` are those of all the outputs.
 
 
 @jit
-def forward_kernel(q, k, v, gain, out, pre_norm, log_sum_exp, q_strides, k_strides, v_strides, strides, H, T, eps,
-                   D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def forward_kernel(
+    q,
+    k,
+    v,
+    gain,
+    out,
+    pre_norm,
+    log_sum_exp,
+    q_strides,
+    k_strides,
+    v_strides,
+    strides,
+    H,
+    T,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last rows have the most keys: start them first
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
@@ -114,11 +145,26 @@ def forward_kernel(q, k, v, gain, out, pre_norm, log_sum_exp, q_strides, k_strid
 
 
 @jit
-def backward_prepare_kernel(pre_norm, grad_out, gain, grad, delta, grad_gain, grad_out_strides, strides, H, T, eps,
-                            D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+def backward_prepare_kernel(
+    pre_norm,
+    grad_out,
+    gain,
+    grad,
+    delta,
+    grad_gain,
+    grad_out_strides,
+    strides,
+    H,
+    T,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """The gradient in front of the norm, and delta = rowsum(gradient * output), which the softmax's gradient subtracts.
 
-    With n = x / rms(x) and g = grad_out * gain:   grad = (g - n mean(n g)) / rms(x),   grad_gain = sum over rows of grad_out * n.
+    With n = x / rms(x) and g = grad_out * gain:
+        grad = (g - n mean(n g)) / rms(x),   grad_gain = sum over rows of grad_out * n.
     """
     first, head = tl.program_id(0) * BLOCK_M, tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
@@ -127,7 +173,7 @@ def backward_prepare_kernel(pre_norm, grad_out, gain, grad, delta, grad_gain, gr
     if gain is not None:
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         normed, columns = x * inverse_rms, tl.arange(0, WIDTH)
-        # One partial sum per program rather than atomic additions: the result does not depend on the order of execution.
+        # One partial sum per program, no atomic additions: the result does not depend on the order of execution.
         partial = ((b * tl.num_programs(0) + tl.program_id(0)) * H + h) * D + columns
         tl.store(grad_gain + partial, tl.sum(tl.where(rows[:, None] < T, g * normed, 0.0), 0), mask=columns < D)
         g *= load_gain(gain, h, D, WIDTH)[None, :]
@@ -139,9 +185,28 @@ def backward_prepare_kernel(pre_norm, grad_out, gain, grad, delta, grad_gain, gr
 
 
 @jit
-def backward_dkdv_kernel(q, k, v, grad, log_sum_exp, delta, dk, dv, q_strides, k_strides, v_strides, grad_strides, strides, H, T,
-                         D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A block of keys against all queries from its first key on. Scores are transposed: p^T and ds^T enter the next products."""
+def backward_dkdv_kernel(
+    q,
+    k,
+    v,
+    grad,
+    log_sum_exp,
+    delta,
+    dk,
+    dv,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    strides,
+    H,
+    T,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A block of keys against all queries from its first key on. Scores are transposed: products take p^T and ds^T."""
     first, head = tl.program_id(0) * BLOCK_N, tl.cast(tl.program_id(1), tl.int64)
     b, h, keys = head // H, head % H, first + tl.arange(0, BLOCK_N)
     scale: tl.constexpr = D**-0.5
@@ -151,11 +216,15 @@ def backward_dkdv_kernel(q, k, v, grad, log_sum_exp, delta, dk, dv, q_strides, k
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for DIAGONAL in tl.static_range(1, -1, -1):
-        for start in range(first + BLOCK_N * (1 - DIAGONAL), tl.minimum(first + BLOCK_N, T) if DIAGONAL else T, BLOCK_M):
+        for start in range(
+            first + BLOCK_N * (1 - DIAGONAL), tl.minimum(first + BLOCK_N, T) if DIAGONAL else T, BLOCK_M
+        ):
             rows = start + tl.arange(0, BLOCK_M)
             q_tile = load_tile(q, b, h, start, q_strides, T, D, BLOCK_M, WIDTH)
             lse = tl.load(log_sum_exp + head * T + rows, mask=rows < T, other=float("inf"))  # so p = 0 past T
-            p = tl.exp2(tl.dot(k_tile, tl.trans(q_tile)) * (scale * 1.4426950408889634) - lse[None, :])  # (BLOCK_N, BLOCK_M)
+            p = tl.exp2(
+                tl.dot(k_tile, tl.trans(q_tile)) * (scale * 1.4426950408889634) - lse[None, :]
+            )  # (BLOCK_N, BLOCK_M)
             if DIAGONAL:
                 p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
             grad_tile = load_tile(grad, b, h, start, grad_strides, T, D, BLOCK_M, WIDTH)
@@ -168,9 +237,27 @@ def backward_dkdv_kernel(q, k, v, grad, log_sum_exp, delta, dk, dv, q_strides, k
 
 
 @jit
-def backward_dq_kernel(q, k, v, grad, log_sum_exp, delta, dq, q_strides, k_strides, v_strides, grad_strides, strides, H, T,
-                       D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A block of queries against all keys up to its last row: the forward pass again, with p from the saved log-sum-exp."""
+def backward_dq_kernel(
+    q,
+    k,
+    v,
+    grad,
+    log_sum_exp,
+    delta,
+    dq,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    strides,
+    H,
+    T,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A block of queries against all keys up to its last row: the forward pass again, p from the saved log-sum-exp."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
@@ -192,17 +279,36 @@ def backward_dq_kernel(q, k, v, grad, log_sum_exp, delta, dq, q_strides, k_strid
     store_tile(dq, b, h, first, strides, T, D, acc * scale)
 
 
-# ---- decode ---------------------------------------------------------------------------------------------------------------
-# One new position per batch row. Keys are split over programs, there being little else to run in parallel, and a second kernel
-# combines the parts. Where heads are composed a program holds up to 64 heads and reads all components; where they already are
-# (no compose_k) it holds one head and reads that head's own keys and values.
+# ---- decode ---------------------------------------------------------------------------------------------------------
+# One new position per batch row. Keys are split over programs, there being little else to run in parallel, and a second
+# kernel combines the parts. Where heads must be composed, a program holds up to 64 heads and reads all components; where
+# they already are (no compose_k) it holds one head and reads that head's own keys and values.
 
 
 @jit
-def decode_kernel(q, k, v, compose_k, lengths, partial, log_sum_exp, q_strides, k_strides, v_strides, H, S, D: tl.constexpr,
-                  WIDTH: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_H: tl.constexpr,
-                  BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr):
-    """HEADS queries against one part of the keys of KEYS and VALUES components. partial: (B, splits, H, VALUES, D), in fp32."""
+def decode_kernel(
+    q,
+    k,
+    v,
+    compose_k,
+    lengths,
+    partial,
+    log_sum_exp,
+    q_strides,
+    k_strides,
+    v_strides,
+    H,
+    S,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """HEADS queries against a part of the keys of KEYS and VALUES components. partial: (B, splits, H, VALUES, D), fp32."""
     split, splits, b = tl.program_id(0), tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
     length = S if lengths is None else tl.load(lengths + b).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, BLOCK_S), splits) * BLOCK_S  # each batch row divides its own length
@@ -213,7 +319,7 @@ def decode_kernel(q, k, v, compose_k, lengths, partial, log_sum_exp, q_strides, 
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
     component, column = lanes // WIDTH, lanes % WIDTH
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
-    # The heads of the one new position are the rows of this tile; the rows too many repeat the last head and are not stored.
+    # The heads of the one new position are the rows of this tile; surplus rows repeat the last head and are not stored.
     q_tile = load_tile(q, b, 0, first_head, (q_strides[0], 0, q_strides[1], q_strides[3]), H, D, BLOCK_H, WIDTH)
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
@@ -233,24 +339,46 @@ def decode_kernel(q, k, v, compose_k, lengths, partial, log_sum_exp, q_strides, 
         row_sum = row_sum * correction + tl.sum(p, 1)
         v_rows = v + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
-        v_tile = tl.load(v_rows + (component * v_strides[1] + column * v_strides[3])[None, :],
-                         mask=((component < VALUES) & (column < D))[None, :], other=0.0)  # (BLOCK_S, BLOCK_V * WIDTH)
+        v_tile = tl.load(
+            v_rows + (component * v_strides[1] + column * v_strides[3])[None, :],
+            mask=((component < VALUES) & (column < D))[None, :],
+            other=0.0,
+        )  # (BLOCK_S, BLOCK_V * WIDTH)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])  # sum_s p[h, s] V_c[s], for all c
         row_max = new_max
     row, live = (b * splits + split) * H + heads, (heads < first_head + HEADS) & (heads < H)
     tl.store(log_sum_exp + row, row_max + tl.log2(row_sum), mask=live)
-    tl.store(partial + row[:, None] * (VALUES * D) + (component * D + column)[None, :], acc / row_sum[:, None],
-             mask=live[:, None] & ((component < VALUES) & (column < D))[None, :])
+    tl.store(
+        partial + row[:, None] * (VALUES * D) + (component * D + column)[None, :],
+        acc / row_sum[:, None],
+        mask=live[:, None] & ((component < VALUES) & (column < D))[None, :],
+    )
 
 
 @jit
-def combine_kernel(partial, log_sum_exp, compose_v, gain, lengths, out, H, S, eps, D: tl.constexpr, WIDTH: tl.constexpr,
-                   VALUES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+def combine_kernel(
+    partial,
+    log_sum_exp,
+    compose_v,
+    gain,
+    lengths,
+    out,
+    H,
+    S,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """One head: the splits weighted by their share of the softmax, then the value composition, then the norm."""
     h, b = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     length = S if lengths is None else tl.load(lengths + b).to(tl.int32)
     splits, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    live = splits * tl.cdiv(tl.cdiv(length, BLOCK_S), SPLITS) * BLOCK_S < length  # the others had no keys and wrote nothing
+    live = (
+        splits * tl.cdiv(tl.cdiv(length, BLOCK_S), SPLITS) * BLOCK_S < length
+    )  # the others had no keys and wrote nothing
     row = (b * SPLITS + splits) * H + h
     lse = tl.load(log_sum_exp + row, mask=live, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, 0))
@@ -266,7 +394,7 @@ def combine_kernel(partial, log_sum_exp, compose_v, gain, lengths, out, H, S, ep
     tl.store(out + (b * H + h) * D + columns, acc.to(out.dtype.element_ty), mask=columns < D)
 
 
-# ---- launching ------------------------------------------------------------------------------------------------------------
+# ---- launching ------------------------------------------------------------------------------------------------------
 
 
 def next_power_of_2(n):
@@ -284,15 +412,21 @@ def device_limits(device):
     if device.type != "cuda":  # the interpreter: as if on an H100
         return 227 * 1024, 132
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block), properties.multi_processor_count
+    return getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    ), properties.multi_processor_count
 
 
 def tile_options(kernel, q):
-    """Tile, warps and pipeline stages of a prefill kernel, chosen from what `--aot` shows to compile without spilling."""
+    """Tile, warps and pipeline stages of a prefill kernel: what experiments/aot.py shows to compile without spilling."""
     D, shared = q.shape[-1], device_limits(q.device)[0]
     width = max(16, next_power_of_2(D))
     if q.dtype == torch.float32:
-        tiles = ((64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)) if width <= 64 else ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))
+        tiles = (
+            ((64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2))
+            if width <= 64
+            else ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))
+        )
     elif width <= 64:
         tiles = (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)
     elif shared >= 200 * 1024:  # H100, B200
@@ -305,71 +439,180 @@ def tile_options(kernel, q):
     return dict(D=D, WIDTH=width, BLOCK_M=M, BLOCK_N=N, num_warps=num_warps, num_stages=num_stages)
 
 
+def contiguous(x):
+    """The kernels read weights and lengths without strides: a transposed, sliced or expanded one is copied."""
+    return None if x is None else x.contiguous()
+
+
 def empty_like_heads(q):
     """(B, H, T, D) whose memory is (B, T, H, D): joining the heads for the output projection is then a view."""
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, gain: Optional[Tensor], eps: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, gain: Optional[Tensor], eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, the output before the norm (empty unless `save` and there is a norm), log2-sum-exp2 (B, H, T)."""
     B, H, T, D = q.shape
+    gain = contiguous(gain)
     out, log_sum_exp = empty_like_heads(q), q.new_empty(B, H, T, dtype=torch.float32)
     pre_norm = empty_like_heads(q) if save and gain is not None else None
     options = tile_options(forward_kernel, q)
-    launch(forward_kernel, (triton.cdiv(T, options["BLOCK_M"]), B * H), q, k, v, gain, out, pre_norm, log_sum_exp,
-           q.stride(), k.stride(), v.stride(), out.stride(), H, T, eps, **options)
+    launch(
+        forward_kernel,
+        (triton.cdiv(T, options["BLOCK_M"]), B * H),
+        q,
+        k,
+        v,
+        gain,
+        out,
+        pre_norm,
+        log_sum_exp,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        H,
+        T,
+        eps,
+        **options,
+    )
     return out, q.new_empty(0) if pre_norm is None else pre_norm, log_sum_exp
 
 
-def flash_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gain: Optional[Tensor], pre_norm: Tensor,
-                   log_sum_exp: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Optional[Tensor],
+    pre_norm: Tensor,
+    log_sum_exp: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and gain (the last one empty without a norm)."""
     B, H, T, D = q.shape
+    gain = contiguous(gain)
     dq, dk, dv, delta = empty_like_heads(q), empty_like_heads(q), empty_like_heads(q), torch.empty_like(log_sum_exp)
     grad = grad_out if gain is None else empty_like_heads(q)
     options = dict(D=D, WIDTH=tile_options(forward_kernel, q)["WIDTH"], BLOCK_M=32)
     blocks = triton.cdiv(T, options["BLOCK_M"])
     grad_gain = q.new_empty(B, blocks, H, D, dtype=torch.float32) if gain is not None else None
-    launch(backward_prepare_kernel, (blocks, B * H), pre_norm, grad_out, gain, grad, delta, grad_gain,
-           grad_out.stride(), dq.stride(), H, T, eps, **options)
-    inputs, strides = (q, k, v, grad, log_sum_exp, delta), (q.stride(), k.stride(), v.stride(), grad.stride(), dq.stride())
+    launch(
+        backward_prepare_kernel,
+        (blocks, B * H),
+        pre_norm,
+        grad_out,
+        gain,
+        grad,
+        delta,
+        grad_gain,
+        grad_out.stride(),
+        dq.stride(),
+        H,
+        T,
+        eps,
+        **options,
+    )
+    inputs, strides = (
+        (q, k, v, grad, log_sum_exp, delta),
+        (q.stride(), k.stride(), v.stride(), grad.stride(), dq.stride()),
+    )
     options = tile_options(backward_dkdv_kernel, q)
-    launch(backward_dkdv_kernel, (triton.cdiv(T, options["BLOCK_N"]), B * H), *inputs, dk, dv, *strides, H, T, **options)
+    launch(
+        backward_dkdv_kernel, (triton.cdiv(T, options["BLOCK_N"]), B * H), *inputs, dk, dv, *strides, H, T, **options
+    )
     options = tile_options(backward_dq_kernel, q)
     launch(backward_dq_kernel, (triton.cdiv(T, options["BLOCK_M"]), B * H), *inputs, dq, *strides, H, T, **options)
     return dq, dk, dv, q.new_empty(0) if gain is None else grad_gain.sum((0, 1)).to(gain.dtype)
 
 
 def decode_options(device, itemsize, H, n_k, n_v, D, composed):
-    """Block sizes of the decode kernel, or None where it does not fit: accumulators stay in registers, a block of keys in shared memory."""
+    """Block sizes of the decode kernel, or None where it does not fit.
+
+    Accumulators must stay in registers, and a block of keys in shared memory.
+    """
     width, keys, values = max(16, next_power_of_2(D)), n_k if composed else 1, n_v if composed else 1
     lanes = next_power_of_2(values) * width
-    block_h = max(16, min(next_power_of_2(H), 64, 32768 // itemsize // lanes)) if composed else 16  # tl.dot needs 16 rows
+    block_h = (
+        max(16, min(next_power_of_2(H), 64, 32768 // itemsize // lanes)) if composed else 16
+    )  # tl.dot needs 16 rows
     bytes_per_key = (keys * width + lanes) * itemsize
     room = device_limits(device)[0] - 8192 - block_h * width * itemsize
     preferred = 64 if lanes <= 128 else 32 if lanes <= 512 else 16
     block_s = next((size for size in (64, 32, 16) if size <= preferred and size * bytes_per_key <= room), None)
     if block_s is None or lanes * itemsize > 4096:
         return None
-    return dict(D=D, WIDTH=width, HEADS=block_h if composed else 1, KEYS=keys, VALUES=values, BLOCK_H=block_h, BLOCK_V=lanes // width,
-                BLOCK_S=block_s, num_warps=4 if block_h * lanes <= 8192 else 8, num_stages=2)
+    return dict(
+        D=D,
+        WIDTH=width,
+        HEADS=block_h if composed else 1,
+        KEYS=keys,
+        VALUES=values,
+        BLOCK_H=block_h,
+        BLOCK_V=lanes // width,
+        BLOCK_S=block_s,
+        num_warps=4 if block_h * lanes <= 8192 else 8,
+        num_stages=2,
+    )
 
 
-def decode_forward(q: Tensor, k: Tensor, v: Tensor, compose_k: Optional[Tensor], compose_v: Optional[Tensor], gain: Optional[Tensor],
-                   lengths: Optional[Tensor], eps: float) -> Tensor:
+def decode_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compose_k: Optional[Tensor],
+    compose_v: Optional[Tensor],
+    gain: Optional[Tensor],
+    lengths: Optional[Tensor],
+    eps: float,
+) -> Tensor:
     B, H, _, D = q.shape
     S, composed = k.shape[2], compose_k is not None
+    compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
     options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, composed)
     blocks, keys = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
-    # Two programs per multiprocessor, as far as there are keys; a power of two, because combine_kernel loads all parts as a tile.
+    # Two programs per multiprocessor, as far as there are keys. A power of two: combine_kernel loads all parts as a tile.
     splits = next_power_of_2(max(1, min(128, 2 * device_limits(q.device)[1] // (B * blocks), triton.cdiv(S, keys))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
-    launch(decode_kernel, (splits, blocks, B), q, k, v, compose_k, lengths, partial, log_sum_exp, q.stride(), k.stride(), v.stride(),
-           H, S, **options)
-    launch(combine_kernel, (H, B), partial, log_sum_exp, compose_v, gain, lengths, out, H, S, eps, D=D, WIDTH=options["WIDTH"],
-           VALUES=options["VALUES"], SPLITS=splits, BLOCK_S=keys, num_warps=8)
+    launch(
+        decode_kernel,
+        (splits, blocks, B),
+        q,
+        k,
+        v,
+        compose_k,
+        lengths,
+        partial,
+        log_sum_exp,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        H,
+        S,
+        **options,
+    )
+    launch(
+        combine_kernel,
+        (H, B),
+        partial,
+        log_sum_exp,
+        compose_v,
+        gain,
+        lengths,
+        out,
+        H,
+        S,
+        eps,
+        D=D,
+        WIDTH=options["WIDTH"],
+        VALUES=options["VALUES"],
+        SPLITS=splits,
+        BLOCK_S=keys,
+        num_warps=8,
+    )
     return out
 
 
@@ -387,7 +630,12 @@ def _(q, k, v, gain, eps, save):
 
 @flash_grad.register_fake
 def _(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
-    return empty_like_heads(q), empty_like_heads(q), empty_like_heads(q), q.new_empty(0) if gain is None else torch.empty_like(gain)
+    return (
+        empty_like_heads(q),
+        empty_like_heads(q),
+        empty_like_heads(q),
+        q.new_empty(0) if gain is None else gain.new_empty(gain.shape),
+    )
 
 
 @decode.register_fake
@@ -409,26 +657,174 @@ def _backward(ctx, grad_out, *_):
 
 flash.register_autograd(_backward, setup_context=_save_for_backward)
 
-# ---- the formulas in torch, and the choice of a path ----------------------------------------------------------------------
+
+# ---- norm and composition -------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467), reduced in float32.
+
+    `weight` broadcasts against x: a head norm's gain (H, D) fits x (B, T, H, D), and weight[:, None] x (B, H, T, D).
+    """
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(length.square() / x.size(-1) + eps).to(x.dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        return x * inverse * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        unit = x * inverse
+        grad_weight = (grad * unit).to(weight.dtype).sum_to_size(weight.shape)
+        grad = grad * weight.to(x.dtype)
+        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
+        return torch.addcmul(grad, unit, along, value=-1) * inverse, grad_weight, None
 
 
 def compose_heads(components, weight):
-    """HLC, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D), as matmuls over (B, T) that move nothing in a (B, T, Hc, D) projection."""
+    """HLC, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D).
+
+    As matmuls over (B, T), which move nothing in a (B, T, Hc, D) projection.
+    """
     return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
 
 
-def head_norm(x, weight, eps=1e-6):
-    """RMSNorm of each head by itself: (B, H, T, D), (H, D); y = x / sqrt(mean(x^2) + eps) * weight[h], in fp32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * weight[:, None]).to(x.dtype)
+# ---- attention in blocks of queries ---------------------------------------------------------------------------------
+
+BLOCK = 128  # queries in a block
+TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, which stays in its cache
+KEPT = 512  # keys up to which the backward pass finds the weights kept; beyond them memory is linear in the sequence
 
 
-def plain_attention(q, k, v, mask):
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), v)
+class BlockAttention(torch.autograd.Function):
+    """softmax(scale Q K^T) V, causal, each block of queries against the keys up to its end: `forward_kernel` in torch.
+
+    q (N, G, T, D), k (N, S, D), v (N, S, Dv) -> (N, G, T, Dv); G query heads share the keys and values of each of N
+    heads, as more rows of the same product. `positions` (N, T), or None for the last T of S. The softmax is computed
+    in float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running
+    maximum. The weights are kept for short sequences (`keep`) and computed again in the backward pass for others.
+
+        P = softmax(scale Q K^T)    dP = dY V^T    dS = P (dP - rowsum(P dP))
+        dQ = scale dS K             dK = scale dS^T Q                dV = P^T dY
+
+    With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, positions, scale, dropout, keep):
+        ctx.positions, ctx.scale, ctx.dropout = positions, scale, dropout
+        ctx.seed, weights = torch.randint(2**62, ()).item() if dropout else None, []
+        q_wide, k_wide = widen(q) * scale, widen(k)
+        out, mask = q.new_empty(*q.shape[:3], v.size(-1)), dropout_masks(ctx.seed, dropout, q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            for heads, rows, keys in query_blocks(q, k, positions):
+                p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], positions, heads, rows).to(q.dtype)
+                weights += [p] if keep else []
+                p = p * mask(p) if dropout else p
+                out[heads, :, rows] = (p @ v[heads, keys]).unflatten(1, (q.size(1), -1))
+        ctx.save_for_backward(q, k, v, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *weights = ctx.saved_tensors
+        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        dq, mask = torch.empty_like(q), dropout_masks(ctx.seed, ctx.dropout, q.device)
+        dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
+        with torch.autocast(q.device.type, enabled=False):
+            for i, (heads, rows, keys) in enumerate(query_blocks(q, k, ctx.positions)):
+                if weights:
+                    p = widen(weights[i])
+                else:
+                    p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], ctx.positions, heads, rows)
+                g = grad[heads, :, rows].flatten(1, 2)  # (heads, G * rows, Dv)
+                dp = widen(g) @ v_wide[heads, keys].mT
+                kept = mask(p) if ctx.dropout else None
+                dp = dp * kept if ctx.dropout else dp
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
+                p = (p * kept if ctx.dropout else p).to(q.dtype)
+                dq[heads, :, rows] = (ds @ k[heads, keys]).unflatten(1, (q.size(1), -1)) * ctx.scale
+                dk[heads, :, keys] += q[heads, :, rows].flatten(1, 2).mT @ ds
+                dv[heads, :, keys] += g.mT @ p
+        return dq, (dk * ctx.scale).mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None, None
+
+
+def query_blocks(q, k, positions):
+    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and the keys they see."""
+    N, G, T, S = *q.shape[:3], k.size(1)
+    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
+    for n in range(0, N, step):
+        for start in range(0, T, BLOCK):
+            stop = min(start + BLOCK, T)
+            yield slice(n, n + step), slice(start, stop), slice(0, S if positions is not None else S - T + stop)
+
+
+def block_weights(q, k, positions, heads, rows):
+    """softmax(q k^T), causal: (heads, G, M, D), (heads, keys, D) -> (heads, G * M, keys)."""
+    scores = q.flatten(1, 2) @ k.mT
+    by_query, M = scores.unflatten(1, (q.size(1), -1)), q.size(2)  # (heads, G, M, keys)
+    if positions is None:  # the last M keys are the block's own: only there may a key be later than a query
+        by_query[..., -M:] += torch.full((M, M), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    else:
+        later = torch.arange(k.size(1), device=k.device) > positions[heads, rows, None]  # (heads, M, keys)
+        by_query.masked_fill_(later[:, None], -torch.inf)
+    return scores.softmax(-1)
+
+
+def dropout_masks(seed, dropout, device):
+    """A function that gives the same sequence of masks, 0 or 1 / (1 - dropout), for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed) if dropout else None
+    return lambda p: torch.empty_like(p).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def block_attention(q, k, v, positions, dropout, scale):
+    """`BlockAttention` for q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv) -> (B, H, T, Dv)."""
+    B, H, T, D = q.shape
+    n = k.size(1)
+    q, k, v = q.reshape(B * n, H // n, T, D), k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
+    positions = positions if positions is None else positions.expand(B, T).repeat_interleave(n, 0)
+    keep = k.size(1) <= KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return BlockAttention.apply(q, k, v, positions, scale, dropout, keep).view(B, H, T, -1)
+
+
+def blocks_are_faster(q, k, v, positions):
+    """Whether `auto` takes the blocks: measured, see `python kernels.py --time`."""
+    return False
+
+
+# ---- the choice of a path -------------------------------------------------------------------------------------------
+
+PATHS = "auto", "triton", "sdpa", "blocks", "reference"
+_kernel = "auto"  # what path="auto" means: see set_kernel
+
+
+def set_kernel(name):
+    """Make `name`, one of PATHS, what path="auto" stands for in this process: the programs' --kernel.
+
+    A call that this path cannot serve takes torch's attention, and the log says why, once. Raises ValueError for an
+    unknown name, and for triton where no kernel can run.
+    """
+    global _kernel
+    if name not in PATHS:
+        raise ValueError(f"kernel {name!r} is none of {', '.join(PATHS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "triton" and (obstacle := triton_obstacle(device, torch.bfloat16, 64)):
+        raise ValueError(f"kernel 'triton' cannot run here: {obstacle}")
+    _kernel = name
 
 
 @functools.cache
@@ -436,35 +832,212 @@ def say_once(level, message):
     log.log(level, message)
 
 
+def triton_obstacle(device, dtype, D):
+    """Why no kernel computes this, or None."""
+    if triton is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"the tensors are on a {device.type} device"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels do not compute in {dtype}"
+    return f"heads are {D} wide, more than 128" if D > 128 else None
+
+
 @torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
 def choose_path(name, path, device, dtype, D, obstacle=None):
-    """The path that `name` takes, one of "triton", "sdpa" and "reference". `obstacle`: what else stands against triton."""
-    if path not in ("auto", "triton", "sdpa", "reference"):
-        raise ValueError(f"{name}: path={path!r} is none of 'auto', 'triton', 'sdpa', 'reference'")
-    interpreted = triton is not None and triton.knobs.runtime.interpret
-    if triton is None:
-        obstacle = "triton is not installed (pip install triton)"
-    elif device.type != "cuda" and not interpreted:
-        obstacle = f"the tensors are on a {device.type} device"
-    elif device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        obstacle = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    elif dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        obstacle = f"the kernels do not compute in {dtype}"
-    elif D > 128:
-        obstacle = f"heads are {D} wide, more than 128"
-    if path == "triton" and obstacle:
+    """The path that `name` takes, "auto" meaning torch's own choice. `obstacle`: what else stands against triton.
+
+    Raises ValueError for an unknown path, and for path="triton" where the kernels cannot compute this.
+    """
+    if path not in PATHS:
+        raise ValueError(f"{name}: path={path!r} is none of {', '.join(map(repr, PATHS))}")
+    chosen = _kernel if path == "auto" else path
+    if chosen == "auto" and device.type == "cuda":
+        say_once(logging.INFO, "torch's attention: the Triton kernels have not been timed on a GPU (--kernel triton)")
+    if chosen != "triton" or not (obstacle := triton_obstacle(device, dtype, D) or obstacle):
+        return chosen
+    if path == "triton":
         raise ValueError(f"{name}: path='triton' is not possible: {obstacle}")
-    if path != "auto":
-        return path
-    if not obstacle and device.type != "cuda":
-        obstacle = "Triton's interpreter is only for tests"
-    if not obstacle and dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        obstacle = "fp32 products would be rounded to tf32, which torch.set_float32_matmul_precision('high') allows"
-    if not obstacle:
-        say_once(logging.INFO, f"{name} takes the triton path on {torch.cuda.get_device_name(device)}")
-        return "triton"
-    say_once(logging.WARNING if device.type == "cuda" else logging.INFO, f"{name} takes the sdpa path: {obstacle}")
-    return "sdpa"
+    say_once(logging.WARNING, f"{name} takes torch's attention, not triton: {obstacle}")
+    return "auto"
+
+
+def autocast_inputs(*tensors):
+    """The tensors as autocast would give them to torch's fused attention; what follows must not be cast again."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x for x in tensors)
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(T, S, positions=None, device=None):
+    """(1 or B, 1, T, S) booleans, True where query t may see key s: s <= its position.
+
+    Without `positions` (B, T) the queries are the last T of the S positions.
+    """
+    if positions is None:
+        positions = torch.arange(S - T, S, device=device)[None]
+    return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
+
+
+def hide_unfilled(positions, *caches):
+    """Caches (B, n, S, D) with zeros behind the last position of each row: a weight of 0 times NaN would be NaN."""
+    unfilled = torch.arange(caches[0].size(2), device=positions.device) > positions.amax(1)[:, None]  # (B, S)
+    return (x.masked_fill(unfilled[:, None, :, None], 0) for x in caches)
+
+
+def plain_attention(q, k, v, positions, dropout, scale):
+    groups = q.size(1) // k.size(1)
+    k, v = (widen(x).repeat_interleave(groups, 1) for x in (k, v))  # (B, H, S, D)
+    scores = widen(q) @ k.mT * scale  # (B, H, T, S)
+    scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), positions, q.device), -torch.inf)
+    return (F.dropout(scores.softmax(-1), dropout) @ v).to(q.dtype)
+
+
+def fused_attention(q, k, v, positions, dropout, scale):
+    T, S, D, mask = q.size(2), k.size(2), q.size(3), None
+    if positions is not None or 1 < T < S:  # one query that is the last position may see everything: no mask
+        mask = causal_mask(T, S, positions, q.device)
+    if v.size(3) > D:  # torch's fused kernels want one width; zeros behind q and k change no score
+        q, k = (F.pad(x, (0, v.size(3) - D)) for x in (q, k))
+    causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
+
+
+def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="auto"):
+    """softmax(scale Q K^T) V, causal: (B, H, T, Dv) from q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv).
+
+    n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
+    places of the queries where the rows of a batch have different lengths, and nothing behind a row's last place is
+    read; without them the queries are the last T of S. `scale` is 1 / sqrt(D) by default. `path` as at the top of
+    this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError.
+    """
+    path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
+    if q.size(1) % k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
+        raise ValueError(f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if positions is not None:
+        k, v = hide_unfilled(positions, k, v)
+    if path == "auto":
+        path = "blocks" if blocks_are_faster(q, k, v, positions) else "sdpa"
+    attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
+    q, k, v = autocast_inputs(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return attend(q, k, v, positions, dropout, q.size(-1) ** -0.5 if scale is None else scale)
+
+
+def absorbed_attention(q, k_components, v_components, compose_k, compose_v, positions=None, dropout=0.0):
+    """Causal attention with composed heads of which none is built: the query absorbs the composition.
+
+        scores_h = (compose_k[:, h] (x) q_h) . K_cat / sqrt(D)      out_h = sum_c compose_v[c, h] (A_h V_c)
+
+    q (B, H, T, D), k_components (B, n_k, S, D), v_components (B, n_v, S, D), compose_k (n_k, H), compose_v (n_v, H)
+    -> (B, H, T, D). To all H queries the components are one wide head, of n_k D and n_v D features, that attention
+    reads as it lies in the cache, once.
+    """
+    B, H, T, D = q.shape
+    S, mask = k_components.size(2), None
+    if positions is not None:
+        k_components, v_components = hide_unfilled(positions, k_components, v_components)
+    q = (q.unsqueeze(3) * compose_k.T[:, None, :, None]).to(q.dtype)  # (B, H, T, n_k, D)
+    k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k_components, v_components))  # (B, 1, S, n * D)
+    if T > 1 or positions is not None:
+        mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
+    q = q.reshape(B, 1, H * T, -1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=D**-0.5)  # (B, 1, H*T, n_v*D)
+    return (y.reshape(B, H, T, -1, D) * compose_v.T[:, None, :, None]).sum(3).to(y.dtype)
+
+
+def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):
+    B, H, _, D = q.shape
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{name}: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    for label, x, weight in (("key", k, compose_k), ("value", v, compose_v)):
+        shape = tuple(x.shape)
+        if (x.shape[0], x.shape[2:]) != (B, (k.shape[2], D)):
+            raise ValueError(f"{name}: {label}s of shape {shape} do not go with queries of shape {tuple(q.shape)}")
+        if weight is None and shape[1] != H:
+            raise ValueError(f"{name}: {shape[1]} {label} heads for {H} query heads need a composition matrix")
+        if weight is not None and weight.shape != (shape[1], H):
+            need = f"({shape[1]}, {H}) = (components, heads)"
+            raise ValueError(f"{name}: the {label} composition is {tuple(weight.shape)}, not {need}")
+    if norm_weight is not None and norm_weight.shape != (H, D):
+        raise ValueError(f"{name}: norm_weight is {tuple(norm_weight.shape)}, not ({H}, {D}) = (heads, head width)")
+
+
+def mea_attention(
+    q, k_components, v_components, compose_k=None, compose_v=None, norm_weight=None, *, eps=1e-6, path="auto"
+):
+    """Causal MEA without a cache (eq. 10-12): compose, attend, normalise each head.
+
+    q (B, H, T, D); k_components (B, n_k, T, D); v_components (B, n_v, T, D); compose_k (n_k, H), compose_v (n_v, H), or
+    None where the heads are composed already (n == H); norm_weight (H, D), or None for no norm; any strides. Returns
+    (B, H, T, D). `path` as at the top of this file; in fp32 "triton" is a tf32 computation on NVIDIA's tensor cores.
+    Raises ValueError.
+    """
+    q, k, v = autocast_inputs(q, k_components, v_components)
+    check_shapes("mea_attention", q, k, v, compose_k, compose_v, norm_weight)
+    if k.size(2) != q.size(2):
+        raise ValueError(f"mea_attention: {q.size(2)} queries but {k.size(2)} keys; it has no cache (see mea_decode)")
+    crowd = q.size(0) * q.size(1)
+    crowd = f"{crowd} heads in the batch are more than a grid's 65535" if crowd > 65535 else None
+    path = choose_path("mea_attention", path, q.device, q.dtype, q.size(-1), crowd)
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = q.dtype
+        if path == "reference":  # from the composition to the norm in float32 at least
+            q, k, v = widen(q), widen(k), widen(v)
+        k, v = (x if w is None else compose_heads(x, w) for x, w in ((k, compose_k), (v, compose_v)))
+        if path == "triton":
+            return flash(q, k, v, norm_weight, eps, needs_grad(q, k, v, norm_weight))[0]
+        out = causal_attention(q, k, v, path=path)
+        return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
+
+
+def mea_decode(
+    q, k_cache, v_cache, compose_k=None, compose_v=None, norm_weight=None, *, lengths=None, eps=1e-6, path="auto"
+):
+    """One new position against a cache of component heads: the last row of `mea_attention`, no composite head built.
+
+    q (B, H, 1, D); k_cache (B, n_k, S, D) and v_cache (B, n_v, S, D); lengths (B,): how many positions of each row are
+    filled, the new one included, from 1 to S (None: all S), and nothing behind them is read; otherwise as
+    `mea_attention`. Returns (B, H, 1, D). For inference: the kernel has no gradient. Raises ValueError.
+    """
+    q, k, v = autocast_inputs(q, k_cache, v_cache)
+    check_shapes("mea_decode", q, k, v, compose_k, compose_v, norm_weight)
+    B, H, T, D = q.shape
+    n_k, n_v = k.size(1), v.size(1)
+    if T != 1 or lengths is not None and lengths.shape != (B,):
+        one = "must hold one position, and lengths, if given, one number per batch row"
+        raise ValueError(f"mea_decode: q {tuple(q.shape)} {one}")
+    if (compose_k is None) != (compose_v is None):  # one side folded: compose it with the identity
+        compose_k, compose_v = (torch.eye(H, device=q.device) if x is None else x for x in (compose_k, compose_v))
+    composed = compose_k is not None
+    obstacle = decode_obstacle(q.device, q.element_size(), H, n_k, n_v, D, composed)
+    if needs_grad(q, k, v, compose_k, compose_v, norm_weight):
+        obstacle = "the decode kernel has no gradient"
+    path = choose_path("mea_decode", path, q.device, q.dtype, D, obstacle)
+    with torch.autocast(q.device.type, enabled=False):
+        if path == "triton":
+            return decode(q, k, v, compose_k, compose_v, norm_weight, lengths, eps)
+        dtype, positions = q.dtype, None if lengths is None else lengths[:, None] - 1
+        path = "sdpa" if path == "auto" else path
+        if path == "reference":
+            q, k, v = widen(q), widen(k), widen(v)
+        if composed and path == "sdpa":
+            out = absorbed_attention(q, k, v, compose_k, compose_v, positions)
+        else:
+            if composed:
+                k, v = compose_heads(k, compose_k), compose_heads(v, compose_v)
+            out = causal_attention(q, k, v, positions, path=path)
+        return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -473,171 +1046,7 @@ def decode_obstacle(device, itemsize, H, n_k, n_v, D, composed):
         return f"{n_k} key and {n_v} value components of width {D} do not fit one program"
 
 
-def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):
-    B, H, _, D = q.shape
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{name}: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    for label, x, weight in (("key", k, compose_k), ("value", v, compose_v)):
-        if (x.shape[0], x.shape[2:]) != (B, (k.shape[2], D)):
-            raise ValueError(f"{name}: {label}s of shape {tuple(x.shape)} do not go with queries of shape {tuple(q.shape)}")
-        if weight is None and x.shape[1] != H:
-            raise ValueError(f"{name}: {x.shape[1]} {label} heads for {H} query heads need a composition matrix")
-        if weight is not None and weight.shape != (x.shape[1], H):
-            raise ValueError(f"{name}: the {label} composition is {tuple(weight.shape)}, not ({x.shape[1]}, {H}) = (components, heads)")
-    if norm_weight is not None and norm_weight.shape != (H, D):
-        raise ValueError(f"{name}: norm_weight is {tuple(norm_weight.shape)}, not ({H}, {D}) = (heads, head width)")
-
-
-def mea_attention(q, k_components, v_components, compose_k=None, compose_v=None, norm_weight=None, *, eps=1e-6, path="auto"):
-    """Causal MEA without a cache (eq. 10-12): compose, attend, normalise each head.
-
-    q (B, H, T, D); k_components (B, n_k, T, D); v_components (B, n_v, T, D); compose_k (n_k, H), compose_v (n_v, H), or None where
-    the heads are composed already (n == H); norm_weight (H, D), or None for no norm. Returns (B, H, T, D). `path` is "triton",
-    "sdpa", "reference" or "auto" (a GPU's kernels where they apply, else sdpa; the first decision of a kind is logged). In fp32
-    NVIDIA's tensor cores make "triton" a tf32 computation, so "auto" takes it only where torch allows tf32. Raises ValueError.
-    """
-    if torch.is_autocast_enabled(q.device.type):  # as autocast treats scaled_dot_product_attention
-        q, k_components, v_components = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k_components, v_components))
-    check_shapes("mea_attention", q, k_components, v_components, compose_k, compose_v, norm_weight)
-    if k_components.shape[2] != q.shape[2]:
-        raise ValueError(f"mea_attention: {q.shape[2]} queries but {k_components.shape[2]} keys; it has no cache (see mea_decode)")
-    crowd = f"{q.shape[0] * q.shape[1]} heads in the batch are more than a grid's 65535" if q.shape[0] * q.shape[1] > 65535 else None
-    path = choose_path("mea_attention", path, q.device, q.dtype, q.shape[-1], crowd)
-    wide = torch.promote_types(q.dtype, torch.float32) if path == "reference" else q.dtype
-    k, v = (x.to(wide) if weight is None else compose_heads(x.to(wide), weight)
-            for x, weight in ((k_components, compose_k), (v_components, compose_v)))
-    if path == "triton":
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, norm_weight))
-        return flash(q, k, v, norm_weight, eps, save)[0]
-    if path == "sdpa":
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        out = plain_attention(q.to(wide), k, v, torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril())
-    return (out if norm_weight is None else head_norm(out, norm_weight, eps)).to(q.dtype)
-
-
-def mea_decode(q, k_cache, v_cache, compose_k=None, compose_v=None, norm_weight=None, *, lengths=None, eps=1e-6, path="auto"):
-    """One new position against a cache of component heads: as the last row of `mea_attention`, without building a composite head.
-
-    q (B, H, 1, D); k_cache (B, n_k, S, D) and v_cache (B, n_v, S, D), views with any strides; lengths (B,): how many positions of each
-    row are filled, the new one included, from 1 to S (None: all S); otherwise as `mea_attention`. For inference: only the sdpa and
-    reference paths have gradients. Returns (B, H, 1, D). Raises ValueError.
-    """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k_cache, v_cache = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k_cache, v_cache))
-    check_shapes("mea_decode", q, k_cache, v_cache, compose_k, compose_v, norm_weight)
-    B, H, _, D = q.shape
-    S, n_k, n_v = k_cache.shape[2], k_cache.shape[1], v_cache.shape[1]
-    if q.shape[2] != 1 or lengths is not None and lengths.shape != (B,):
-        raise ValueError(f"mea_decode: q {tuple(q.shape)} must hold one position, and lengths, if given, one number per batch row")
-    if (compose_k is None) != (compose_v is None):  # one side folded: compose it with the identity
-        compose_k, compose_v = (torch.eye(H, device=q.device) if x is None else x for x in (compose_k, compose_v))
-    composed = compose_k is not None
-    obstacle = decode_obstacle(q.device, q.element_size(), H, n_k, n_v, D, composed)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, compose_k, compose_v, norm_weight)):
-        obstacle = "the decode kernel has no gradient"
-    path = choose_path("mea_decode", path, q.device, q.dtype, D, obstacle)
-    if path == "triton":
-        compose_k, compose_v, gain = (x if x is None else x.contiguous() for x in (compose_k, compose_v, norm_weight))
-        return decode(q, k_cache, v_cache, compose_k, compose_v, gain, lengths, eps)
-    mask = None if lengths is None else (torch.arange(S, device=q.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, S)
-    if path == "reference":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        k, v = (compose_heads(x.to(wide), weight) if composed else x.to(wide)
-                for x, weight in ((k_cache, compose_k), (v_cache, compose_v)))
-        out = plain_attention(q.to(wide), k, v, mask)
-    elif not composed:
-        out = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask)
-    else:  # absorbed: the H heads are the rows of one head of width n_k * D, (B, 1, H, n_k * D), against the cache as it lies
-        absorbed = torch.einsum("bhqd,ch->bqhcd", q, compose_k.to(q.dtype)).flatten(3)
-        k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k_cache, v_cache))  # (B, 1, S, n * D)
-        out = F.scaled_dot_product_attention(absorbed, k, v, attn_mask=mask, scale=D**-0.5).unflatten(3, (n_v, D))
-        out = torch.einsum("bqhcd,ch->bhqd", out, compose_v.to(q.dtype))
-    return (out if norm_weight is None else head_norm(out, norm_weight, eps)).to(q.dtype)
-
-
-# ---- compiling without a GPU ----------------------------------------------------------------------------------------------
-
-# name: (backend, architecture, threads per warp, KiB of shared memory that one program may use, KiB per multiprocessor)
-TARGETS = {"sm_80": ("cuda", 80, 32, 163, 164), "sm_86": ("cuda", 86, 32, 99, 100), "sm_89": ("cuda", 89, 32, 99, 100),
-           "sm_90": ("cuda", 90, 32, 227, 228), "sm_100": ("cuda", 100, 32, 227, 228), "sm_120": ("cuda", 120, 32, 99, 100),
-           "gfx942": ("hip", "gfx942", 64, 64, 64)}
-
-
-def record_launches(shared, B=8, T=2048, H=16, n_k=4, n_v=4, D=128, dtype=torch.bfloat16):
-    """(kernel, arguments, options) of all launches that a training step and a decoding step make on a device with that much memory."""
-    from unittest import mock
-
-    launches, this = [], sys.modules[__name__]
-    heads = lambda n, length: torch.empty(B, length, n, D, dtype=dtype, device="meta").transpose(1, 2)
-    weight = lambda *shape: torch.empty(shape, device="meta")
-    record = lambda kernel, grid, *arguments, **options: launches.append((kernel, arguments, options))
-    with mock.patch.multiple(this, launch=record, device_limits=lambda device: (shared, 132)):
-        q, gain = heads(H, T), weight(H, D)
-        out, pre_norm, log_sum_exp = flash_forward(q, q, q, gain, 1e-6, True)
-        flash_backward(out, q, q, q, gain, pre_norm, log_sum_exp, 1e-6)
-        decode_forward(heads(H, 1), heads(n_k, T), heads(n_v, T), weight(n_k, H), weight(n_v, H), gain, weight(B).int(), 1e-6)
-    return launches
-
-
-def compile_ahead(target, kernel, arguments, options):
-    """Compile one recorded launch as the JIT would for these arguments, and read the resources from what comes out."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    constants, attributes = {}, {}
-
-    def describe(value, path):  # a Triton type; as in the JIT, None and 1 become constants and divisibility by 16 is noted
-        if isinstance(value, tuple):
-            return tuple(describe(item, path + (i,)) for i, item in enumerate(value))
-        if value is None or isinstance(value, int) and value == 1:
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
-        if isinstance(value, Tensor) or value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-        return pointers[value.dtype] if isinstance(value, Tensor) else "i32"
-
-    names = kernel.arg_names
-    signature = {names[i]: describe(value, (i,)) for i, value in enumerate(arguments)}
-    constants |= {(names.index(name),): value for name, value in options.items() if name in names}
-    signature |= {name: "constexpr" for name in options if name in names}
-    build = {name: value for name, value in options.items() if name not in names}
-    backend, architecture, warp_size, _, shared_total = TARGETS[target]
-    source, gpu = ASTSource(kernel, signature, constants, attributes), GPUTarget(backend, architecture, warp_size)
-    binary = triton.compile(source, target=gpu, options=build)
-    asm, shared, warps = binary.asm["ptx" if backend == "cuda" else "amdgcn"], binary.metadata.shared, build.get("num_warps", 4)
-    reserved = 1024 if backend == "cuda" else 0  # bytes of shared memory that CUDA itself takes per block
-    if backend == "cuda":
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(asm)
-            file.flush()
-            name = re.search(r"\.target (sm_[0-9a-z]+)", asm)[1]  # sm_90a, say
-            command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        registers, spills = int(re.search(r"Used (\d+) reg", report)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
-    else:
-        registers, spills = (int(re.search(rf"\.{field}:\s+(\d+)", asm)[1]) for field in ("vgpr_count", "vgpr_spill_count"))
-        by_registers, spills = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps, 4 * spills
-    return dict(kernel=kernel.__name__.removesuffix("_kernel"), warps=warps, registers=registers, spill_bytes=spills, shared_bytes=shared,
-                matrix=len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", asm)),
-                async_copies=len(re.findall(r"cp\.async\.(?:c[ag]|bulk)\.|_load_lds", asm)),
-                blocks=min(by_registers, shared_total * 1024 // (shared + reserved), 2048 // (warp_size * warps)), asm=asm)
-
-
-def print_resources(targets, widths=(64, 128)):
-    print(f"bf16, triton {triton.__version__}; registers per thread; blocks per multiprocessor by registers, shared memory and threads")
-    print("| target | D | kernel | warps | registers | spill bytes | shared bytes | matrix instructions | async copies | blocks |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for target in targets:
-        for D in widths:
-            for launched in record_launches(TARGETS[target][3] * 1024, D=D):
-                row = compile_ahead(target, *launched)
-                print(f"| {target} | {D} | " + " | ".join(str(value) for name, value in row.items() if name != "asm") + " |")
+# ---- the program ----------------------------------------------------------------------------------------------------
 
 
 def check_paths():
@@ -649,8 +1058,7 @@ def check_paths():
     weights = torch.randn(3, 8, device=device), torch.randn(2, 8, device=device), torch.randn(8, 64, device=device)
     for function, queries in ((mea_attention, q), (mea_decode, last)):
         exact = function(*(x.double() for x in (queries, k, v, *weights)), path="reference")
-        function(queries, k, v, *weights)  # logs what auto takes
-        for path in ("reference", "sdpa", "triton"):
+        for path in PATHS:
             try:
                 error = (function(queries, k, v, *weights, path=path).double() - exact).norm() / exact.norm()
                 print(f"{function.__name__:14s} {path:10s} relative error {error:.1e}")
@@ -660,19 +1068,41 @@ def check_paths():
         print("TRITON_INTERPRET=1 python kernels.py runs the kernels themselves here, slowly")
 
 
+def time_blocks(rounds=9, heads=64):
+    """A table of the time of attention in blocks over that of torch's fused attention, in turns: medians of ratios."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"blocks / sdpa, {heads} heads, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| dtype | D | T | sdpa, forward ms | blocks | sdpa, with backward ms | blocks |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float32):
+        for D in (16, 32, 64):
+            for T in (128, 256, 512, 1024, 2048):
+                q, k, v, g = (torch.randn(8, T, heads // 8, D, device=device).to(dtype).transpose(1, 2) for _ in "qkvg")
+                seconds = {(path, grad): [] for grad in (False, True) for path in ("sdpa", "blocks")}
+                for _ in range(rounds + 1):  # the first round warms up
+                    for (path, grad), taken in seconds.items():
+                        inputs = [x.detach().requires_grad_(grad) for x in (q, k, v)]
+                        began = time.perf_counter()
+                        out = causal_attention(*inputs, path=path)
+                        if grad:
+                            torch.autograd.grad(out, inputs, g)
+                        taken.append(time.perf_counter() - began)
+                cells = []
+                for grad in (False, True):
+                    sdpa, blocks = seconds["sdpa", grad][1:], seconds["blocks", grad][1:]
+                    ratio = statistics.median(b / a for a, b in zip(sdpa, blocks, strict=True))
+                    cells += [f"{1e3 * statistics.median(sdpa):.1f}", f"{ratio:.2f}"]
+                print(f"| {str(dtype).removeprefix('torch.')} | {D} | {T} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Check the attention kernels on this machine, or compile them for others.")
-    parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these, comma-separated, of {', '.join(TARGETS)}; needs no GPU")
+    parser = argparse.ArgumentParser(description="Check the attention paths on this machine, or time them.")
+    parser.add_argument("--time", action="store_true", help="blocks of queries beside torch's fused attention")
+    parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args()
-    if not arguments.aot:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        return check_paths()
-    targets = arguments.aot.split(",")
-    if unknown := [target for target in targets if target not in TARGETS]:
-        parser.error(f"--aot does not know {', '.join(unknown)}; it knows {', '.join(TARGETS)}")
-    if triton is None or triton.knobs.runtime.interpret:
-        parser.error("--aot needs triton (pip install triton), without TRITON_INTERPRET in the environment")
-    print_resources(targets)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    time_blocks() if arguments.time else check_paths()
 
 
 if __name__ == "__main__":
