@@ -235,7 +235,7 @@ def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbe
 
 
 def test_a_reader_that_goes_away_or_cannot_show_a_character_costs_nothing(tmp_path, data, trained):
-    """`train.py | head -1` goes on to its end in silence, `sample.py | head -c 5` ends, ASCII shows another character."""
+    """`train.py | head -1` goes on to its end in silence, `sample.py | head -c 5` ends, ASCII shows a `?` instead."""
     process = launch(*UNDISTURBED, "--out_dir", tmp_path / "r", data=data, cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
