@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import mea_attention, mea_decode
+from kernels import absorbed_attention, causal_attention, causal_mask, kernel_is, mea_attention, mea_decode, rms_norm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The idea
@@ -68,64 +68,6 @@ def apply_rope(x, rope):
     """
     cos, sin = rope
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * sin.to(x.dtype)
-
-
-def causal_mask(T, S, positions=None, device=None):
-    """(1 or B, 1, T, S) booleans, True where query t may see key s: s <= its position.
-
-    Without `positions` (B, T) the queries are the last T of the S positions.
-    """
-    if positions is None:
-        positions = torch.arange(S - T, S, device=device)[None]
-    return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
-
-
-def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None):
-    """softmax(Q K^T / sqrt(D)) V, causal, in PyTorch's fused kernels: (B, H, T, D) from q (B, H, T, D), k, v (B, n, S,
-    D).
-
-    n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
-    places of the queries when the rows of a batch have different lengths; without them the queries are the last T.
-    """
-    T, S = q.size(2), k.size(2)
-    mask = None
-    if positions is not None or 1 < T < S:  # one query that is the last position may see everything: no mask
-        mask = causal_mask(T, S, positions, q.device)
-    causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, 1910.07467), reduced in float32.
-
-    `weight` may have more dimensions than the last, e.g. (H, D) gives each head its own gain.
-    """
-    if torch.is_grad_enabled():
-        return RMSNormFunction.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = torch.rsqrt(length.square() / x.size(-1) + eps).to(x.dtype)
-        ctx.save_for_backward(x, weight, inverse)
-        return x * inverse * weight.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        unit = x * inverse
-        grad_weight = (grad * unit).to(weight.dtype).sum_to_size(weight.shape)
-        grad = grad * weight.to(x.dtype)
-        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
-        return torch.addcmul(grad, unit, along, value=-1) * inverse, grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -291,11 +233,8 @@ class DFA(Attention):
         return torch.exp(first) - torch.exp(second) + self.lambda_init
 
     def attend(self, x, q, k, v, positions):
-        D = self.head_dim
         v = v.transpose(1, 2).unflatten(2, (-1, 2)).flatten(3).transpose(1, 2)  # neighbours joined: (B, n/2, S, 2D)
-        # Fused kernels want q, k and v equally wide: zeros behind q and k change no score (the scale stays that of D).
-        q, k = F.pad(q, (0, D)), F.pad(k, (0, D))
-        first, second = (causal_attention(q[:, i::2], k[:, i::2], v, positions, self.drop, D**-0.5) for i in (0, 1))
+        first, second = (causal_attention(q[:, i::2], k[:, i::2], v, positions, self.drop) for i in (0, 1))
         return first - self.lambda_now().to(first.dtype) * second  # (B, H/2, T, 2D)
 
 
@@ -378,7 +317,6 @@ class MEA(Attention):
 
     head_norm_by_default = True
     incompressible = None
-    kernel = "auto"  # a path of kernels.py, or auto: PyTorch's attention, until the Triton kernels are timed on a GPU
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
@@ -433,15 +371,15 @@ class MEA(Attention):
         T, S, form = q.size(2), k.size(2), self.choose_form(q.size(2))
         whole_sequence = T == S and positions is None and form != "absorb"
         one_query = T == 1 and form != "compose"
-        if self.kernel == "auto" or self.drop or not (whole_sequence or one_query):
+        if kernel_is("auto") or self.drop or not (whole_sequence or one_query):
             return super().normed_heads(x, q, k, v, positions)
         gain, eps = (self.head_norm.weight, self.head_norm.eps) if self.config.head_norm else (None, 1e-6)
         weights = (None, None) if form == "fold" else self.compositions()
         if whole_sequence:
-            y = mea_attention(q, k, v, *weights, gain, eps=eps, path=self.kernel)
+            y = mea_attention(q, k, v, *weights, gain, eps=eps)
         else:
             lengths = None if positions is None else positions[:, 0] + 1
-            y = mea_decode(q, k, v, *weights, gain, lengths=lengths, eps=eps, path=self.kernel)
+            y = mea_decode(q, k, v, *weights, gain, lengths=lengths, eps=eps)
         return y.transpose(1, 2)
 
     def project(self, x, cache):
@@ -497,23 +435,6 @@ class MEA(Attention):
                 kept[f"{name}.bias"] = bias
         equal.load_state_dict(kept)
         return equal
-
-
-def absorbed_attention(q, k, v, w_k, w_v, positions=None, dropout=0.0):
-    """q (B, H, T, D), component k (B, n_k, S, D) and v (B, n_v, S, D) -> (B, H, T, D): every component is read once.
-
-    To all H queries the components are one wide head, of n_k D and n_v D features, that attention reads as it lies in
-    the cache.
-    """
-    B, H, T, D = q.shape
-    S, mask = k.size(2), None
-    q = q.unsqueeze(3) * w_k.T[:, None, :, None]  # (B, H, T, n_k, D)
-    wide_k, wide_v = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (k, v))  # (B, 1, S, n*D), without a copy
-    if T > 1 or positions is not None:
-        mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
-    wide_q = q.reshape(B, 1, H * T, -1)
-    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, mask, dropout, scale=D**-0.5)  # (B, 1, H*T, n_v*D)
-    return (y.reshape(B, H, T, -1, D) * w_v.T[:, None, :, None]).sum(3)
 
 
 def one_hot_composition(n_component, n_head):

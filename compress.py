@@ -29,9 +29,10 @@ from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, co
 from checkpoint import FORMAT, find_checkpoint, load_checkpoint, new_folder, save_checkpoint, to_pretrained
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
+from kernels import PATHS, set_kernel
 from model import KVCache, token_loss
 from sample import starts_bare
-from train import KERNELS, describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
+from train import describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximation
@@ -570,7 +571,7 @@ class Options:
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
     seed: int = option(0, "of the calibration windows and of healing", least=0)
-    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
+    kernel: str = option("auto", "path of the attention (see kernels.py); auto takes the fastest that was timed", PATHS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
@@ -797,7 +798,7 @@ def main(argv=None):
             return export(o, given)
         model, state, dataset = open_job(o, given)
         start = () if starts_bare(state) else dataset.tokenizer.start_of_text
-        MEA.kernel = o.kernel
+        set_kernel(o.kernel)
         if o.threads:
             torch.set_num_threads(o.threads)
         torch.manual_seed(o.seed)

@@ -89,8 +89,8 @@ def load_gain(gain, h, D: tl.constexpr, WIDTH: tl.constexpr):
 
 # ---- prefill --------------------------------------------------------------------------------------------------------
 # `BlockAttention` is the same in PyTorch. One program per (block of rows, batch row x head). Loops over the other axis
-# come in pairs that tl.static_range unrolls: whole blocks, and blocks that the diagonal crosses, which alone pay for the
-# causal mask. `strides` are those of all the outputs.
+# come in pairs that tl.static_range unrolls: whole blocks, and blocks that the diagonal crosses, which alone pay for
+# the causal mask. `strides` are those of all the outputs.
 
 
 @jit
@@ -281,8 +281,8 @@ def backward_dq_kernel(
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
 # One new position per batch row. Keys are split over programs, there being little else to run in parallel, and a second
-# kernel combines the parts. Where heads must be composed, a program holds up to 64 heads and reads all components; where
-# they already are (no compose_k) it holds one head and reads that head's own keys and values.
+# kernel combines the parts. Where heads must be composed, a program holds up to 64 heads and reads all components;
+# where they already are (no compose_k) it holds one head and reads that head's own keys and values.
 
 
 @jit
@@ -573,7 +573,8 @@ def decode_forward(
     compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
     options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, composed)
     blocks, keys = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
-    # Two programs per multiprocessor, as far as there are keys. A power of two: combine_kernel loads all parts as a tile.
+    # Two programs per multiprocessor, as far as there are keys. A power of two: combine_kernel loads all parts as a
+    # tile.
     splits = next_power_of_2(max(1, min(128, 2 * device_limits(q.device)[1] // (B * blocks), triton.cdiv(S, keys))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
@@ -825,6 +826,11 @@ def set_kernel(name):
     if name == "triton" and (obstacle := triton_obstacle(device, torch.bfloat16, 64)):
         raise ValueError(f"kernel 'triton' cannot run here: {obstacle}")
     _kernel = name
+
+
+def kernel_is(name):
+    """Whether `set_kernel` chose this path."""
+    return _kernel == name
 
 
 @functools.cache

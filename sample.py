@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from attention import MEA
 from checkpoint import find_checkpoint, load_checkpoint
 from data.tokenizer import load_tokenizer
+from kernels import PATHS, set_kernel
 from model import KVCache, check_sampling
-from train import KERNELS
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Options:
     no_cache: bool = option(
         False, "compute every token from the whole context: slow, and the same text at temperature 0"
     )
-    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
+    kernel: str = option("auto", "path of the attention (see kernels.py); auto takes the fastest that was timed", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
@@ -97,7 +96,7 @@ def main(argv=None):
         model, tokenizer, start, stop = open_model(o.checkpoint, choose_device(o.device))
     except (ValueError, OSError) as error:
         fail(error)
-    MEA.kernel = o.kernel
+    set_kernel(o.kernel)
     if o.threads:
         torch.set_num_threads(o.threads)
     tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]

@@ -35,15 +35,15 @@ from filelock import FileLock, Timeout  # torch brings it
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import model as gpt
-from attention import ATTENTION, MEA
+from attention import ATTENTION
 from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from data import prepare
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
+from kernels import PATHS, set_kernel
 from model import GPT, GPTConfig, build_config
 
 DEFAULT_DATA = "data/python"
-KERNELS = ["auto", "triton", "sdpa", "reference"]
 
 # Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for
 # GPUs, with a larger corpus: see the README.
@@ -115,7 +115,7 @@ class Options(GPTConfig):
         "of matrix products (weights stay float32); auto takes bfloat16 where the device has it",
         ["auto", "float32", "bfloat16"],
     )
-    kernel: str = option("auto", "MEA's attention: a path of kernels.py; auto is PyTorch's", KERNELS)
+    kernel: str = option("auto", "path of the attention (see kernels.py); auto takes the fastest that was timed", PATHS)
     parallel: str = option(
         "ddp",
         "under torchrun, each process holds the whole model (ddp) or a part of everything (fsdp)",
@@ -456,7 +456,7 @@ def train(o, config, dataset, state=None):
     step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
     step_flops = config.flops_per_token() * step_tokens / world_size  # of one process
     torch.manual_seed(o.seed)
-    MEA.kernel = o.kernel
+    set_kernel(o.kernel)
     model = GPT(config).to(device)
     model.activation_checkpointing = o.activation_checkpointing
     if state is not None:

@@ -42,7 +42,8 @@ import torch.nn.functional as F
 import kernels
 import train
 from experiments.report import command, machine, save_picture, table
-from kernels import TARGETS, compile_ahead, head_norm, mea_attention, mea_decode, record_launches
+from experiments.aot import TARGETS, compile_ahead, record_launches
+from kernels import mea_attention, mea_decode, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def print_timings(device, B, T, S, H, D, n):
     q, k, v, gain = heads(H, T), heads(H, T), heads(H, T), torch.ones(H, D, device=device, requires_grad=True)
     attend = lambda path: lambda: mea_attention(q, k, v, None, None, gain, path=path)
     plain = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    paths = {"SDPA alone": plain, "SDPA + separate norm": lambda: head_norm(plain(), gain)}
+    paths = {"SDPA alone": plain, "SDPA + separate norm": lambda: rms_norm(plain(), gain[:, None], 1e-6)}
     paths |= {"our kernel": attend("triton")} if device == "cuda" else {}
     paths |= {"reference": attend("reference")}
     training = lambda forward: lambda: torch.autograd.grad(forward().sum(), (q, k, v))

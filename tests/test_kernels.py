@@ -1,4 +1,6 @@
-"""kernels.py against the formulas in fp64: every path, every gradient, odd lengths; compiled for GPUs that are not here."""
+"""kernels.py against the formulas in fp64: every path, every gradient, odd lengths; compiled for GPUs that are not
+here.
+"""
 
 import json
 import logging
@@ -13,7 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import kernels
-from kernels import compose_heads, head_norm, mea_attention, mea_decode
+from attention import compose_heads
+from experiments.aot import TARGETS
+from kernels import mea_attention, mea_decode, rms_norm
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +36,8 @@ def random_heads(B, n, T, D, dtype=torch.float32):
 def random_problem(B, T, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32):
     torch.manual_seed(B + T + D + H)
     q, k, v = random_heads(B, H, T, D, dtype), random_heads(B, n_k, T, D, dtype), random_heads(B, n_v, T, D, dtype)
-    # No weight near 0: a norm turns the gradients of a head that one component makes with a weight w into something like 1 / w.
+    # No weight near 0: a norm turns the gradients of a head that one component makes with a weight w into something
+    # like 1 / w.
     weight = lambda n: torch.randn(n, H, device=DEVICE) / n**0.5
     compose_k, compose_v = (w + 0.5 * w.sign() if composed else None for w in (weight(n_k), weight(n_v)))
     norm_weight = torch.randn(H, D, device=DEVICE) if norm else None  # about half of the gains are negative
@@ -57,7 +62,9 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture
 def exact_bf16(monkeypatch):
-    """Triton's interpreter multiplies the raw bits of bf16 tiles and truncates where GPUs round: compute with their values."""
+    """Triton's interpreter multiplies the raw bits of bf16 tiles and truncates where GPUs round: compute with their
+    values.
+    """
     if DEVICE == "cuda":
         return
     import numpy as np
@@ -80,6 +87,7 @@ def exact_bf16(monkeypatch):
                 rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
                 return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
             return builtin[name](self, widen(source), target, *arguments)
+
         return cast
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
@@ -106,8 +114,9 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
         assert not got.isnan().any(), name
         if name.startswith("compose") and dtype != torch.float32:
             continue  # torch's matmul of what the kernels return; under a norm a cancelling sum, which bf16 leaves few digits on any path
-        # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of compose_v where
-        # a norm follows one value component, whose scale it removes. Their errors are compared with the gradient of v.
+        # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of
+        # compose_v where a norm follows one value component, whose scale it removes. Their errors are compared with the
+        # gradient of v.
         B, T, D, H, n_k, n_v, norm = problem
         cancels = T == 1 or name == "compose_v" and n_v == 1 and norm
         scale = max(true.norm(), exact_gradients[2].norm()) if cancels else true.norm()
@@ -115,8 +124,14 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
 
 
 FEW = [(2, 77, 32, 4, 2, 2, True), (1, 128, 64, 2, 2, 1, False), (1, 17, 80, 4, 3, 2, True), (3, 1, 16, 3, 1, 2, True)]
-GRID = [(B, T, D, H, n, n, norm) for T in (1, 17, 64, 77, 128) for D in (16, 32, 64, 80)
-        for H, n in ((4, 4), (4, 2), (8, 3), (6, 1)) for norm in (True, False) for B in (1, 3)]
+GRID = [
+    (B, T, D, H, n, n, norm)
+    for T in (1, 17, 64, 77, 128)
+    for D in (16, 32, 64, 80)
+    for H, n in ((4, 4), (4, 2), (8, 3), (6, 1))
+    for norm in (True, False)
+    for B in (1, 3)
+]
 
 
 @needs_triton
@@ -133,19 +148,26 @@ def test_fused_attention_and_its_gradients_equal_the_reference_everywhere(proble
 
 
 @needs_triton
-@pytest.mark.parametrize("problem", [pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
-                                     pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head")])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
+        pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head"),
+    ],
+)
 def test_the_tiles_of_half_precision_give_the_same_numbers(problem):
     check_attention("triton", 2e-3, 5e-3, *problem, dtype=torch.float16, composed=False)
 
 
 @needs_triton
-@pytest.mark.parametrize("problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str)
+@pytest.mark.parametrize(
+    "problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str
+)
 def test_bf16_equals_the_reference(problem, exact_bf16):
     check_attention("triton", 5e-3, 2e-2, *problem, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("path", ["sdpa", "reference"])
+@pytest.mark.parametrize("path", ["sdpa", "blocks", "reference"])
 @pytest.mark.parametrize("problem", FEW, ids=str)
 def test_the_paths_in_torch_equal_the_reference(problem, path):
     check_attention(path, 1e-5, 1e-5, *problem)
@@ -169,7 +191,7 @@ def test_composing_folded_heads_is_the_same_as_passing_none():
 def test_compose_heads_is_equation_10_and_head_norm_makes_unit_mean_squares():
     x, weight = random_heads(2, 3, 5, 8), torch.randn(3, 4, device=DEVICE)
     torch.testing.assert_close(compose_heads(x, weight), torch.einsum("bntd,nh->bhtd", x, weight))
-    normed = head_norm(x, torch.ones(3, 8, device=DEVICE), eps=0.0)
+    normed = rms_norm(x, torch.ones(3, 1, 8, device=DEVICE), eps=0.0)
     torch.testing.assert_close(normed.square().mean(-1), torch.ones(2, 3, 5, device=DEVICE))
 
 
@@ -182,7 +204,7 @@ def check_decode(path, bound, B, S, D, H, n_k, n_v, norm, composed=True, dtype=t
     lengths = torch.full((B,), S) if lengths is None else torch.tensor(lengths)
     cached_k, cached_v = k.clone(), v.clone()
     for b, length in enumerate(lengths.tolist()):
-        cached_k[b, :, length:] = cached_v[b, :, length:] = float("nan") if path == "triton" else 1e3
+        cached_k[b, :, length:] = cached_v[b, :, length:] = float("nan")
     last = torch.stack([q[b, :, length - 1 : length] for b, length in enumerate(lengths.tolist())])
     given = None if (lengths == S).all() else lengths.to(DEVICE)
     out = mea_decode(last, cached_k, cached_v, *weights, lengths=given, path=path)
@@ -196,7 +218,7 @@ LENGTHS = (1, 15, 16, 17, 100, 257)
 HEADS = [(4, 2, 2, True), (8, 3, 1, True), (6, 6, 6, False), (20, 2, 3, True)]  # H, n_k, n_v, composed
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "blocks", "reference"])
 @pytest.mark.parametrize("S", LENGTHS)
 def test_a_decoding_step_equals_the_last_row_without_a_cache(S, path):
     H, n_k, n_v, composed = HEADS[S % 4]
@@ -213,7 +235,7 @@ def test_a_decoding_step_equals_the_last_row_everywhere(S, D, H, n_k, n_v, compo
     check_decode("triton", 1e-5, 2, S, D, H, n_k, n_v, norm, composed)
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "blocks", "reference"])
 @pytest.mark.parametrize("H, n_k, n_v, composed", HEADS[:3])
 def test_each_row_attends_to_its_own_length(H, n_k, n_v, composed, path):
     check_decode(path, 1e-5, 3, 100, 16, H, n_k, n_v, True, composed, lengths=[1, 100, 33])
@@ -224,7 +246,7 @@ def test_decode_in_bf16(exact_bf16):
     check_decode("triton", 5e-3, 2, 100, 64, 8, 3, 2, True, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "blocks", "reference"])
 def test_folding_one_side_only_is_composing_it_with_the_identity(path):
     q, k, v, _, compose_v, norm_weight = random_problem(1, 30, 16, 4, 4, 2, True)
     exact = mea_attention(*in_fp64([q, k, v, None, compose_v, norm_weight]), path="reference")[:, :, -1:]
@@ -234,16 +256,109 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
 # ---- dispatch -------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_says_once_which_path_it_took_and_why(caplog):
+def test_a_chosen_kernel_that_cannot_serve_a_call_is_named_once(caplog, monkeypatch):
     kernels.say_once.cache_clear()
-    q, k, v, *weights = random_problem(1, 5, 16, 4, 2, 2, True)
+    monkeypatch.setattr(kernels, "_kernel", "triton")
+    inputs = in_fp64(random_problem(1, 5, 16, 4, 2, 2, True))
     with caplog.at_level(logging.INFO, logger="kernels"):
         for _ in range(3):
-            mea_attention(q, k, v, *weights)
+            mea_attention(*inputs)
     said = [record.message for record in caplog.records if record.name == "kernels"]
-    assert len(said) == 1 and said[0].startswith("mea_attention takes the ")
-    if DEVICE == "cpu":
-        assert "sdpa path: Triton's interpreter is only for tests" in said[0] or kernels.triton is None
+    assert len(said) == 1 and said[0].startswith("mea_attention takes torch's attention, not triton: ")
+    with pytest.raises(ValueError, match="kernel 'fast' is none of"):
+        kernels.set_kernel("fast")
+
+
+def strided(x):
+    """Equal values at a stride of 3 in the last dimension, with NaN between them."""
+    wide = torch.full((*x.shape, 3), float("nan") if x.is_floating_point() else 10**6, dtype=x.dtype, device=x.device)
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+PATHS = [pytest.param("triton", marks=needs_triton), "sdpa", "blocks", "reference"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("argument", range(6), ids=["q", "k", "v", "compose_k", "compose_v", "norm_weight"])
+def test_any_strides_of_any_argument_give_the_same_outputs_and_gradients(path, argument):
+    results = []
+    for change in (lambda x: x, strided):
+        inputs = [x.detach().clone() for x in random_problem(2, 37, 16, 4, 2, 3, True)]
+        inputs[argument] = change(inputs[argument])
+        for x in inputs:
+            x.requires_grad_()
+        out = mea_attention(*inputs, path=path)
+        gradient = change(torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape))
+        results.append([out, *torch.autograd.grad(out, inputs, gradient)])
+    for plain, odd in zip(*results):
+        torch.testing.assert_close(odd, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("argument", range(7), ids=["q", "k", "v", "compose_k", "compose_v", "norm_weight", "lengths"])
+def test_decoding_takes_any_strides(path, argument):
+    q, k, v, *weights = random_problem(2, 37, 16, 4, 2, 3, True)
+    arguments = [q[:, :, -1:], k, v, *weights, torch.tensor([5, 37], dtype=torch.int32, device=DEVICE)]
+    expected = mea_decode(*arguments[:6], lengths=arguments[6], path="reference")
+    arguments[argument] = strided(arguments[argument])
+    found = mea_decode(*arguments[:6], lengths=arguments[6], path=path)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- Attention in blocks of queries
+
+
+@pytest.mark.parametrize("T", [1, 63, 130, 600], ids=lambda T: f"T{T}")  # 600: beyond what keeps its weights
+@pytest.mark.parametrize("n,wide", [(6, 1), (2, 1), (3, 2)], ids=["plain", "grouped", "values of 2D"])
+def test_blocks_are_the_formula_forward_and_backward(T, n, wide):
+    torch.manual_seed(T)
+    make = lambda heads, width: torch.randn(2, T, heads, width, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    inputs = make(6, 10), make(n, 10), make(n, 10 * wide)
+    results = []
+    for path in ("blocks", "reference"):
+        out = kernels.causal_attention(*inputs, path=path)
+        gradient = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        results.append([out, *torch.autograd.grad(out, inputs, gradient)])
+    for mine, exact in zip(*results):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_blocks_are_right_where_logits_are_huge():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 70, 16) * scale for scale in (100, 100, 1))
+    exact, mine = [], []
+    for found, dtype, path in ((exact, torch.float64, "reference"), (mine, torch.float32, "blocks")):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = kernels.causal_attention(*inputs, path=path)
+        found += [out, *torch.autograd.grad(out.square().sum(), inputs)]
+    for a, b in zip(mine, exact):
+        assert relative_error(a, b) < 2e-2
+
+
+def test_blocks_in_bfloat16_are_as_accurate_as_torchs_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 8, 512, 16) for _ in range(3))
+    exact = kernels.causal_attention(*(x.bfloat16().double() for x in (q, k, v)), path="reference")
+    errors = {
+        path: relative_error(kernels.causal_attention(*(x.bfloat16() for x in (q, k, v)), path=path), exact)
+        for path in ("blocks", "sdpa")
+    }
+    assert errors["blocks"] < 1.05 * errors["sdpa"], errors
+
+
+def test_dropout_in_blocks_keeps_the_expectation_and_its_gradient_knows_the_mask():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def attend(q, k, v):
+        torch.manual_seed(5)
+        return kernels.causal_attention(q, k, v, dropout=0.3, path="blocks")
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+    with torch.no_grad():
+        mean = sum(kernels.causal_attention(q, k, v, dropout=0.3, path="blocks") for _ in range(3000)) / 3000
+        assert relative_error(mean, kernels.causal_attention(q, k, v, path="reference")) < 0.05
 
 
 def test_wrong_arguments_are_refused_with_what_is_wrong():
@@ -282,8 +397,10 @@ def test_every_path_honours_eps_and_autocast():
 
 
 def test_importing_never_needs_triton():
-    script = "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n" \
-             "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n"
+        "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("None torch.Size([1, 2, 3, 16])"), done.stderr
 
@@ -292,12 +409,16 @@ def test_importing_never_needs_triton():
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_operators_pass_opcheck(norm):
     torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
-    q, k, v, _, _, gain = [x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)]
+    q, k, v, _, _, gain = [
+        x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)
+    ]
     torch.library.opcheck(kernels.flash, (q, k, v, gain, 1e-6, True))
     with torch.no_grad():
         out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
         grad_inputs = (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
-        torch.library.opcheck(kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs))
+        torch.library.opcheck(
+            kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs)
+        )
         q, k, v, gain = (x if x is None else x.detach() for x in (q, k, v, gain))
         torch.library.opcheck(kernels.decode, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
 
@@ -319,6 +440,7 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
 
 # ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------------
 
+
 def run_without_interpreter(*command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -327,9 +449,10 @@ def run_without_interpreter(*command):
 
 
 COMPILE = """
-import json, sys, kernels
-for launched in kernels.record_launches(kernels.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
-    row = kernels.compile_ahead(sys.argv[1], *launched)
+import json, sys
+from experiments import aot
+for launched in aot.record_launches(aot.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
+    row = aot.compile_ahead(sys.argv[1], *launched)
     row["wgmma"] = row.pop("asm").count("wgmma.mma_async")
     print(json.dumps(row))
 """
@@ -345,7 +468,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
     assert set(rows) == {"forward", "backward_prepare", "backward_dkdv", "backward_dq", "decode", "combine"}
     for name, row in rows.items():
         assert row["spill_bytes"] <= (8 if (target, D) == ("sm_100", 16) else 0), (name, row)
-        assert row["shared_bytes"] <= kernels.TARGETS[target][3] * 1024, (name, row)
+        assert row["shared_bytes"] <= TARGETS[target][3] * 1024, (name, row)
         if name in ("forward", "backward_dkdv", "backward_dq", "decode"):
             assert row["matrix"] > 0, (name, row)
             assert row["async_copies"] > 0 or target == "gfx942", (name, row)
@@ -357,7 +480,10 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
 @pytest.mark.slow
 def test_the_compiled_loops_move_the_bytes_and_do_the_work_of_the_cost_model():
     """The decode kernel's loop copies each key block of the compressed cache exactly once, for all heads together."""
-    table = [line.strip("| ").split(" | ") for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")]
+    table = [
+        line.strip("| ").split(" | ")
+        for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")
+    ]
     rows = [(row[2], *map(float, row[3:])) for row in table if row[0].startswith("sm_")]
     assert len(rows) == 2 * 2 * 4
     for kernel, model_bytes, compiled_bytes, model_flops, compiled_flops in rows:
