@@ -13,11 +13,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import kernels
-from kernels import compose_heads, head_norm, mea_attention, mea_decode
+from experiments import aot
+from kernels import absorbed_attention, causal_attention, compose_heads, mea_attention, mea_decode, rms_norm
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+IN_TORCH = ["sdpa", "blocks", "reference"]
+EVERY_PATH = [pytest.param("triton", marks=needs_triton), *IN_TORCH]
 
 
 def relative_error(value, exact):
@@ -80,6 +83,7 @@ def exact_bf16(monkeypatch):
                 rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
                 return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
             return builtin[name](self, widen(source), target, *arguments)
+
         return cast
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
@@ -115,8 +119,14 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
 
 
 FEW = [(2, 77, 32, 4, 2, 2, True), (1, 128, 64, 2, 2, 1, False), (1, 17, 80, 4, 3, 2, True), (3, 1, 16, 3, 1, 2, True)]
-GRID = [(B, T, D, H, n, n, norm) for T in (1, 17, 64, 77, 128) for D in (16, 32, 64, 80)
-        for H, n in ((4, 4), (4, 2), (8, 3), (6, 1)) for norm in (True, False) for B in (1, 3)]
+GRID = [
+    (B, T, D, H, n, n, norm)
+    for T in (1, 17, 64, 77, 128)
+    for D in (16, 32, 64, 80)
+    for H, n in ((4, 4), (4, 2), (8, 3), (6, 1))
+    for norm in (True, False)
+    for B in (1, 3)
+]
 
 
 @needs_triton
@@ -133,31 +143,69 @@ def test_fused_attention_and_its_gradients_equal_the_reference_everywhere(proble
 
 
 @needs_triton
-@pytest.mark.parametrize("problem", [pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
-                                     pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head")])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param((1, 300, 64, 1, 1, 1, True), id="several blocks"),
+        pytest.param((1, 200, 128, 1, 1, 1, True), id="widest head"),
+    ],
+)
 def test_the_tiles_of_half_precision_give_the_same_numbers(problem):
     check_attention("triton", 2e-3, 5e-3, *problem, dtype=torch.float16, composed=False)
 
 
 @needs_triton
-@pytest.mark.parametrize("problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str)
+@pytest.mark.parametrize(
+    "problem", [FEW[0], *(pytest.param(p, marks=pytest.mark.slow) for p in GRID if p[0] == 1 < p[1])], ids=str
+)
 def test_bf16_equals_the_reference(problem, exact_bf16):
     check_attention("triton", 5e-3, 2e-2, *problem, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("path", ["sdpa", "reference"])
+@pytest.mark.parametrize("path", IN_TORCH)
 @pytest.mark.parametrize("problem", FEW, ids=str)
 def test_the_paths_in_torch_equal_the_reference(problem, path):
     check_attention(path, 1e-5, 1e-5, *problem)
 
 
+def strided_forms(x):
+    """The same numbers in other memory: sliced, reversed in its dimensions, and, where rows repeat, expanded."""
+    if x is None:
+        return [None] * 2
+    sliced = torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
+    return [sliced, x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))]
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_any_strides_of_any_argument_give_the_same_numbers_and_gradients(path):
+    problem = random_problem(2, 40, 16, 4, 2, 3, True)
+    grad_out = random_heads(2, 4, 40, 16)
+    lengths = torch.tensor([40, 7], device=DEVICE)
+
+    def results(problem, grad_out, lengths):
+        inputs = [x.detach().requires_grad_() for x in problem]
+        out = mea_attention(*inputs, path=path)
+        step = mea_decode(problem[0][:, :, -1:], *problem[1:], lengths=lengths, path=path)
+        return out, step, *torch.autograd.grad(out, inputs, grad_out)
+
+    expected = results(problem, grad_out, lengths)
+    for form in (0, 1):
+        strided = [strided_forms(x)[form] for x in problem]
+        got = results(strided, strided_forms(grad_out)[form], strided_forms(lengths)[0])
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    row = [*problem[:5], problem[5][:1].expand(4, 16)]  # one gain for all heads, and one gradient for all positions
+    dense = [*row[:5], row[5].contiguous()]
+    grad_out = grad_out[:, :, :1].expand_as(grad_out)
+    for a, b in zip(results(row, grad_out, lengths), results(dense, grad_out.contiguous(), lengths)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @needs_triton
-def test_any_strides_give_the_same_numbers_and_joining_heads_is_a_view():
-    q, k, v, compose_k, compose_v, norm_weight = random_problem(2, 40, 16, 3, 3, 3, True)
-    out = mea_attention(q, k, v, None, None, norm_weight, path="triton")
+def test_joining_the_heads_of_the_fused_output_is_a_view():
+    q, k, v, _, _, gain = random_problem(2, 40, 16, 3, 3, 3, True)
+    out = mea_attention(q, k, v, None, None, gain, path="triton")
     assert out.transpose(1, 2).reshape(2, 40, 48).data_ptr() == out.data_ptr()
-    strided = q.contiguous(), k.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([v, v], -1)[..., 0]
-    assert torch.equal(out, mea_attention(*strided, None, None, norm_weight, path="triton"))
 
 
 def test_composing_folded_heads_is_the_same_as_passing_none():
@@ -166,23 +214,165 @@ def test_composing_folded_heads_is_the_same_as_passing_none():
     torch.testing.assert_close(mea_attention(q, k, v, compose_k, compose_v, norm_weight), composed)
 
 
-def test_compose_heads_is_equation_10_and_head_norm_makes_unit_mean_squares():
+def test_compose_heads_is_equation_10_and_the_norm_makes_unit_mean_squares():
     x, weight = random_heads(2, 3, 5, 8), torch.randn(3, 4, device=DEVICE)
     torch.testing.assert_close(compose_heads(x, weight), torch.einsum("bntd,nh->bhtd", x, weight))
-    normed = head_norm(x, torch.ones(3, 8, device=DEVICE), eps=0.0)
+    normed = rms_norm(x, torch.ones(3, 1, 8, device=DEVICE), eps=0.0)
     torch.testing.assert_close(normed.square().mean(-1), torch.ones(2, 3, 5, device=DEVICE))
+
+
+# ---- attention in blocks of queries -----------------------------------------------------------------------------------
+
+
+def attention_problem(B, T, S, H, n, D, Dv, dtype=torch.float64, scale=1.0):
+    torch.manual_seed(B + T + S)
+    shapes = (H, T, D), (n, S, D), (n, S, Dv)
+    q, k, v = (random_heads(B, heads, length, width, dtype) for heads, length, width in shapes)
+    return [x.requires_grad_() for x in (q * scale, k, v)]
+
+
+def gradients(inputs, path, **settings):
+    out = causal_attention(*inputs, path=path, **settings)
+    torch.manual_seed(1)
+    return out, *torch.autograd.grad(out, inputs, torch.randn(out.shape, dtype=torch.float64).to(out))
+
+
+@pytest.fixture(params=["kept", "recomputed"])
+def weights(request, monkeypatch):
+    """Both forms of the backward pass, with blocks so small that there are several of them, and heads in parts."""
+    monkeypatch.setattr(kernels, "KEPT", 512 if request.param == "kept" else 0)
+    monkeypatch.setattr(kernels, "TILE", 2**14)
+    return request.param
+
+
+# B, T, S, H, n, D, Dv: whole blocks, one more, one query, a cache before the queries, grouped queries, DFA's wide values
+SHAPES = [
+    (2, 128, 128, 3, 3, 16, 16),
+    (1, 129, 129, 4, 2, 8, 8),
+    (2, 1, 1, 2, 2, 8, 8),
+    (2, 1, 70, 4, 1, 8, 8),
+    (1, 77, 200, 6, 2, 8, 16),
+    (3, 191, 191, 2, 1, 5, 10),
+]
+
+
+@pytest.mark.parametrize("path", ["sdpa", "blocks"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_causal_attention_and_its_gradients_equal_the_formula(shape, path, weights):
+    inputs = attention_problem(*shape)
+    for got, exact in zip(gradients(inputs, path), gradients(inputs, "reference")):
+        error = (got - exact).norm() / max(exact.norm(), 1.0)  # the gradients of a softmax over one key are 0
+        assert error < (1e-14 if path == "blocks" else 1e-13)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "blocks", "reference"])
+def test_rows_of_different_length_see_nothing_behind_their_positions(path, weights):
+    q, k, v = attention_problem(2, 3, 90, 4, 2, 8, 16)
+    positions = torch.tensor([[87, 88, 89], [5, 6, 7]], device=DEVICE)
+    exact = [
+        gradients((q[b : b + 1], k[b : b + 1, :, :stop], v[b : b + 1, :, :stop]), "reference", scale=0.5)[0]
+        for b, stop in ((0, 90), (1, 8))
+    ]
+    k, v = k.detach().clone(), v.detach().clone()
+    k[1, :, 8:], v[1, :, 8:] = float("nan"), float("inf")
+    out = causal_attention(q, k, v, positions, scale=0.5, path=path)
+    torch.testing.assert_close(out, torch.cat(exact), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("positions", [None, torch.tensor([[5, 6], [2, 3]])], ids=["full", "ragged"])
+def test_absorbed_attention_is_attention_with_composed_heads(positions):
+    q, k, v = attention_problem(2, 2, 7, 4, 2, 8, 8)
+    compose_k, compose_v = (torch.randn(2, 4, dtype=torch.float64, device=DEVICE) for _ in "kv")
+    positions = positions if positions is None else positions.to(DEVICE)
+    exact = causal_attention(q, compose_heads(k, compose_k), compose_heads(v, compose_v), positions, path="reference")
+    k, v = k.detach().clone(), v.detach().clone()
+    if positions is not None:
+        k[1, :, 4:], v[1, :, 4:] = float("inf"), float("nan")
+    torch.testing.assert_close(absorbed_attention(q, k, v, compose_k, compose_v, positions), exact)
+
+
+def test_blocks_pass_gradcheck_and_a_second_backward(weights):
+    inputs = attention_problem(1, 70, 70, 2, 1, 2, 3)
+    attend = lambda q, k, v: causal_attention(q, k, v, path="blocks")[:, :, ::9]
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+    shared = lambda x: causal_attention(x, x, x, path="blocks").square().sum()
+    x = inputs[0]
+    exact = torch.autograd.grad(causal_attention(x, x, x, path="reference").square().sum(), x)[0]
+    loss = shared(x)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], exact)
+
+
+@pytest.mark.parametrize("path", IN_TORCH)
+def test_no_query_sees_a_later_key(path):
+    q, k, v = attention_problem(1, 150, 150, 2, 2, 8, 8)
+    out = causal_attention(q, k, v, path=path)
+    for t in (0, 63, 64, 148):
+        later = torch.autograd.grad(out[:, :, t].sum(), (k, v), retain_graph=True)
+        assert all(g[:, :, t + 1 :].eq(0).all() for g in later) and later[1][:, :, t].ne(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 4.0, 100.0])
+def test_blocks_are_as_accurate_as_torchs_fused_attention(dtype, size, weights):
+    """Against float64: the output, and the three gradients together."""
+    inputs = attention_problem(2, 300, 300, 4, 4, 32, 32, dtype, size)
+    exact = gradients([x.detach().double().requires_grad_() for x in inputs], "reference")
+    errors = {}
+    for path in ("blocks", "sdpa"):
+        out, *got = (relative_error(a, b) for a, b in zip(gradients(inputs, path), exact))
+        errors[path] = out, sum(got)
+    assert errors["blocks"][0] < 1.1 * errors["sdpa"][0] and errors["blocks"][1] < 1.1 * errors["sdpa"][1]
+
+
+def test_blocks_hold_where_logits_are_huge(weights):
+    """Torch's fused backward on a CPU takes exp(score - log-sum-exp) of rounded scores, which are far apart at 1e4."""
+    inputs = attention_problem(1, 200, 200, 2, 2, 16, 16, torch.float32, 1e4)
+    exact = gradients([x.detach().double().requires_grad_() for x in inputs], "reference")
+    for got, true in zip(gradients(inputs, "blocks"), exact):
+        assert got.isfinite().all() and relative_error(got, true) < 0.05
+
+
+def test_dropout_in_blocks_is_one_mask_for_both_passes_and_keeps_the_expectation(weights):
+    q, k, v = attention_problem(1, 150, 150, 2, 1, 4, 4)
+    torch.manual_seed(5)
+    out = causal_attention(q, k, v, dropout=0.25, path="blocks")
+    torch.manual_seed(5)
+    again = causal_attention(q, k, v, dropout=0.25, path="blocks")
+    assert torch.equal(out, again) and not torch.equal(out, causal_attention(q, k, v, dropout=0.25, path="blocks"))
+
+    def seeded(q, k, v):
+        torch.manual_seed(5)
+        return causal_attention(q, k, v, dropout=0.25, path="blocks")
+
+    assert torch.autograd.gradcheck(seeded, (q, k, v), fast_mode=True)
+    with torch.no_grad():
+        ones = torch.ones_like(v)
+        weight = torch.stack([causal_attention(q, k, ones, dropout=0.25, path="blocks") for _ in range(200)])
+    assert abs(weight.mean() - 1) < 0.01 and (weight - 1).abs().max() > 0.2
+
+
+def test_auto_takes_blocks_only_in_training_in_short_windows(monkeypatch):
+    taken = []
+    for path in ("block_attention", "fused_attention"):
+        monkeypatch.setattr(kernels, path, lambda q, *_, path=path: taken.append(path) or q)
+    long, short = (torch.randn(64, 1, T, 32, requires_grad=True) for T in (1024, 256))
+    for x in (short, short.detach(), long):
+        causal_attention(x, x, x)
+    assert taken == ["block_attention", "fused_attention", "fused_attention"]
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------------
 
 
 def check_decode(path, bound, B, S, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32, lengths=None):
-    """One step against the last row of attention without a cache. Cache positions past a row's length hold NaN."""
+    """One step against the last row of attention without a cache. Positions past a row's length hold NaN and inf."""
     q, k, v, *weights = random_problem(B, S, D, H, n_k, n_v, norm, composed, dtype)
     lengths = torch.full((B,), S) if lengths is None else torch.tensor(lengths)
     cached_k, cached_v = k.clone(), v.clone()
     for b, length in enumerate(lengths.tolist()):
-        cached_k[b, :, length:] = cached_v[b, :, length:] = float("nan") if path == "triton" else 1e3
+        cached_k[b, :, length:], cached_v[b, :, length:] = float("nan"), float("inf")
     last = torch.stack([q[b, :, length - 1 : length] for b, length in enumerate(lengths.tolist())])
     given = None if (lengths == S).all() else lengths.to(DEVICE)
     out = mea_decode(last, cached_k, cached_v, *weights, lengths=given, path=path)
@@ -196,7 +386,7 @@ LENGTHS = (1, 15, 16, 17, 100, 257)
 HEADS = [(4, 2, 2, True), (8, 3, 1, True), (6, 6, 6, False), (20, 2, 3, True)]  # H, n_k, n_v, composed
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("S", LENGTHS)
 def test_a_decoding_step_equals_the_last_row_without_a_cache(S, path):
     H, n_k, n_v, composed = HEADS[S % 4]
@@ -213,7 +403,7 @@ def test_a_decoding_step_equals_the_last_row_everywhere(S, D, H, n_k, n_v, compo
     check_decode("triton", 1e-5, 2, S, D, H, n_k, n_v, norm, composed)
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("H, n_k, n_v, composed", HEADS[:3])
 def test_each_row_attends_to_its_own_length(H, n_k, n_v, composed, path):
     check_decode(path, 1e-5, 3, 100, 16, H, n_k, n_v, True, composed, lengths=[1, 100, 33])
@@ -224,7 +414,7 @@ def test_decode_in_bf16(exact_bf16):
     check_decode("triton", 5e-3, 2, 100, 64, 8, 3, 2, True, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("path", [pytest.param("triton", marks=needs_triton), "sdpa", "reference"])
+@pytest.mark.parametrize("path", EVERY_PATH)
 def test_folding_one_side_only_is_composing_it_with_the_identity(path):
     q, k, v, _, compose_v, norm_weight = random_problem(1, 30, 16, 4, 4, 2, True)
     exact = mea_attention(*in_fp64([q, k, v, None, compose_v, norm_weight]), path="reference")[:, :, -1:]
@@ -234,16 +424,38 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
 # ---- dispatch -------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_says_once_which_path_it_took_and_why(caplog):
+def test_auto_is_what_set_kernel_says_and_falls_back_aloud(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "_kernel", "auto")
     kernels.say_once.cache_clear()
-    q, k, v, *weights = random_problem(1, 5, 16, 4, 2, 2, True)
-    with caplog.at_level(logging.INFO, logger="kernels"):
+    x = torch.randn(1, 2, 5, 16, device=DEVICE)
+    choose = lambda path="auto", obstacle=None: kernels.choose_path("f", path, x.device, x.dtype, 16, obstacle)
+    assert choose() == "auto"
+    for name in IN_TORCH:
+        kernels.set_kernel(name)
+        assert choose() == name and choose("reference") == "reference"
+    with pytest.raises(ValueError, match="kernel 'fast' is none of auto, triton, sdpa, blocks, reference"):
+        kernels.set_kernel("fast")
+    if kernels.triton is None:
+        return
+    kernels.set_kernel("triton")
+    assert choose() == "triton"
+    with caplog.at_level(logging.WARNING, logger="kernels"):
         for _ in range(3):
-            mea_attention(q, k, v, *weights)
-    said = [record.message for record in caplog.records if record.name == "kernels"]
-    assert len(said) == 1 and said[0].startswith("mea_attention takes the ")
-    if DEVICE == "cpu":
-        assert "sdpa path: Triton's interpreter is only for tests" in said[0] or kernels.triton is None
+            assert choose(obstacle="too wide") == "auto"
+    assert [record.message for record in caplog.records] == ["f takes torch's attention, not triton: too wide"]
+    mea_attention(x.double(), x.double(), x.double())  # a dtype without a kernel
+    monkeypatch.setattr(kernels, "triton_obstacle", lambda *_: "there is no GPU")
+    with pytest.raises(ValueError, match="kernel 'triton' cannot run here: there is no GPU"):
+        kernels.set_kernel("triton")
+
+
+def test_the_log_says_once_that_the_kernels_are_untimed(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "_kernel", "auto")
+    kernels.say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        for _ in range(2):
+            assert kernels.choose_path("f", "auto", torch.device("cuda"), torch.bfloat16, 64) == "auto"
+    assert ["have not been timed on a GPU" in record.message for record in caplog.records] == [True]
 
 
 def test_wrong_arguments_are_refused_with_what_is_wrong():
@@ -273,7 +485,7 @@ def test_wrong_arguments_are_refused_with_what_is_wrong():
 
 def test_every_path_honours_eps_and_autocast():
     inputs = random_problem(1, 9, 16, 4, 2, 2, True)
-    for path in ("reference", "sdpa") + (("triton",) if kernels.triton else ()):
+    for path in IN_TORCH + (["triton"] if kernels.triton else []):
         out = mea_attention(*inputs, eps=10.0, path=path)
         torch.testing.assert_close(out, mea_attention(*inputs, eps=10.0, path="reference"))
         assert not torch.allclose(out, mea_attention(*inputs, path=path))
@@ -282,8 +494,10 @@ def test_every_path_honours_eps_and_autocast():
 
 
 def test_importing_never_needs_triton():
-    script = "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n" \
-             "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n"
+        "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("None torch.Size([1, 2, 3, 16])"), done.stderr
 
@@ -292,12 +506,16 @@ def test_importing_never_needs_triton():
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_operators_pass_opcheck(norm):
     torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
-    q, k, v, _, _, gain = [x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)]
+    q, k, v, _, _, gain = [
+        x if x is None else x.requires_grad_() for x in random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)
+    ]
     torch.library.opcheck(kernels.flash, (q, k, v, gain, 1e-6, True))
     with torch.no_grad():
         out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
         grad_inputs = (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
-        torch.library.opcheck(kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs))
+        torch.library.opcheck(
+            kernels.flash_grad, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in grad_inputs)
+        )
         q, k, v, gain = (x if x is None else x.detach() for x in (q, k, v, gain))
         torch.library.opcheck(kernels.decode, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
 
@@ -310,7 +528,8 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
     inputs = [x.requires_grad_() for x in random_problem(1, 20, 16, 4, 2, 2, True)]
     step = lambda *inputs: mea_attention(*inputs, path=path).square().sum()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
-    for got, eager in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs), inputs)):
+    compiled_gradients = torch.autograd.grad(compiled(*inputs), inputs)
+    for got, eager in zip(compiled_gradients, torch.autograd.grad(step(*inputs), inputs)):
         torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-4)  # inductor adds in another order
     with torch.no_grad():
         one = lambda *inputs: mea_decode(inputs[0][:, :, -1:], *inputs[1:], path=path)
@@ -318,6 +537,7 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
 
 
 # ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------------
+
 
 def run_without_interpreter(*command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -327,9 +547,10 @@ def run_without_interpreter(*command):
 
 
 COMPILE = """
-import json, sys, kernels
-for launched in kernels.record_launches(kernels.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
-    row = kernels.compile_ahead(sys.argv[1], *launched)
+import json, sys
+from experiments import aot
+for launched in aot.record_launches(aot.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
+    row = aot.compile_ahead(sys.argv[1], *launched)
     row["wgmma"] = row.pop("asm").count("wgmma.mma_async")
     print(json.dumps(row))
 """
@@ -345,7 +566,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
     assert set(rows) == {"forward", "backward_prepare", "backward_dkdv", "backward_dq", "decode", "combine"}
     for name, row in rows.items():
         assert row["spill_bytes"] <= (8 if (target, D) == ("sm_100", 16) else 0), (name, row)
-        assert row["shared_bytes"] <= kernels.TARGETS[target][3] * 1024, (name, row)
+        assert row["shared_bytes"] <= aot.TARGETS[target][3] * 1024, (name, row)
         if name in ("forward", "backward_dkdv", "backward_dq", "decode"):
             assert row["matrix"] > 0, (name, row)
             assert row["async_copies"] > 0 or target == "gfx942", (name, row)
@@ -357,7 +578,10 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
 @pytest.mark.slow
 def test_the_compiled_loops_move_the_bytes_and_do_the_work_of_the_cost_model():
     """The decode kernel's loop copies each key block of the compressed cache exactly once, for all heads together."""
-    table = [line.strip("| ").split(" | ") for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")]
+    table = [
+        line.strip("| ").split(" | ")
+        for line in run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")
+    ]
     rows = [(row[2], *map(float, row[3:])) for row in table if row[0].startswith("sm_")]
     assert len(rows) == 2 * 2 * 4
     for kernel, model_bytes, compiled_bytes, model_flops, compiled_flops in rows:
