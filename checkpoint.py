@@ -98,9 +98,9 @@ def load_checkpoint(path, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
-    except Exception as error:  # zipfile and torch raise anything for a file that is none of theirs
+    except Exception as error:  # zipfile and torch raise anything, OSError too, for a file that is none of theirs
         why = " ".join(str(error).split())[:100] or type(error).__name__
         why = "pickled code is never run" if "Weights only" in str(error) else why
         raise ValueError(f"{path} is damaged or not a checkpoint ({why}){hint}") from error

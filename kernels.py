@@ -280,9 +280,9 @@ def backward_dq_kernel(
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
-# One new position per batch row. Keys are split over programs, there being little else to run in parallel, and a second
-# kernel combines the parts. Where heads must be composed, a program holds up to 64 heads and reads all components;
-# where they already are (no compose_k) it holds one head and reads that head's own keys and values.
+# One new position per batch row. Keys are split over programs, there being little else to run in parallel, and a
+# second kernel combines the parts. Where heads must be composed, a program holds up to 64 heads and reads all
+# components; where they already are (no compose_k) it holds one head and reads that head's own keys and values.
 
 
 @jit
@@ -308,7 +308,7 @@ def decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """HEADS queries against a part of the keys of KEYS and VALUES components. partial: (B, splits, H, VALUES, D), fp32."""
+    """HEADS queries against a part of the keys of KEYS and VALUES components. partial: (B, splits, H, VALUES, D)."""
     split, splits, b = tl.program_id(0), tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
     length = S if lengths is None else tl.load(lengths + b).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, BLOCK_S), splits) * BLOCK_S  # each batch row divides its own length
@@ -418,7 +418,7 @@ def device_limits(device):
 
 
 def tile_options(kernel, q):
-    """Tile, warps and pipeline stages of a prefill kernel: what experiments/aot.py shows to compile without spilling."""
+    """Tile, warps and pipeline stages of a prefill kernel: such as experiments/aot.py compiles without spills."""
     D, shared = q.shape[-1], device_limits(q.device)[0]
     width = max(16, next_power_of_2(D))
     if q.dtype == torch.float32:
@@ -573,8 +573,7 @@ def decode_forward(
     compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
     options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, composed)
     blocks, keys = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
-    # Two programs per multiprocessor, as far as there are keys. A power of two: combine_kernel loads all parts as a
-    # tile.
+    # Two programs per multiprocessor, as far as there are keys; a power of two, since combine_kernel loads a tile.
     splits = next_power_of_2(max(1, min(128, 2 * device_limits(q.device)[1] // (B * blocks), triton.cdiv(S, keys))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
@@ -702,8 +701,8 @@ def compose_heads(components, weight):
 
 # ---- attention in blocks of queries ---------------------------------------------------------------------------------
 
-BLOCK = 128  # queries in a block
-TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, which stays in its cache
+BLOCK = 64  # queries in a block
+TILE = 2**18  # scores that one thread computes at a time: 1 MB in float32, which stays in its cache
 KEPT = 512  # keys up to which the backward pass finds the weights kept; beyond them memory is linear in the sequence
 
 
@@ -715,8 +714,8 @@ class BlockAttention(torch.autograd.Function):
     in float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running
     maximum. The weights are kept for short sequences (`keep`) and computed again in the backward pass for others.
 
-        P = softmax(scale Q K^T)    dP = dY V^T    dS = P (dP - rowsum(P dP))
-        dQ = scale dS K             dK = scale dS^T Q                dV = P^T dY
+        P = softmax(scale Q K^T)    dP = dY V^T    dS = scale P (dP - rowsum(P dP))
+        dQ = dS K                   dK = dS^T Q    dV = P^T dY
 
     With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
     """
@@ -725,14 +724,14 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, positions, scale, dropout, keep):
         ctx.positions, ctx.scale, ctx.dropout = positions, scale, dropout
         ctx.seed, weights = torch.randint(2**62, ()).item() if dropout else None, []
-        q_wide, k_wide = widen(q) * scale, widen(k)
+        q_wide, k_wide, v_wide = widen(q) * scale, widen(k), widen(v)
         out, mask = q.new_empty(*q.shape[:3], v.size(-1)), dropout_masks(ctx.seed, dropout, q.device)
         with torch.autocast(q.device.type, enabled=False):
             for heads, rows, keys in query_blocks(q, k, positions):
-                p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], positions, heads, rows).to(q.dtype)
-                weights += [p] if keep else []
+                p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], positions, heads, rows)
+                weights += [p.to(q.dtype)] if keep else []
                 p = p * mask(p) if dropout else p
-                out[heads, :, rows] = (p @ v[heads, keys]).unflatten(1, (q.size(1), -1))
+                out[heads, :, rows] = (p @ v_wide[heads, keys]).unflatten(1, (q.size(1), -1))
         ctx.save_for_backward(q, k, v, *weights)
         return out
 
@@ -752,16 +751,17 @@ class BlockAttention(torch.autograd.Function):
                 dp = widen(g) @ v_wide[heads, keys].mT
                 kept = mask(p) if ctx.dropout else None
                 dp = dp * kept if ctx.dropout else dp
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # P (dP - rowsum(P dP)), in one pass
+                ds = ds.mul_(ctx.scale).to(q.dtype)
                 p = (p * kept if ctx.dropout else p).to(q.dtype)
-                dq[heads, :, rows] = (ds @ k[heads, keys]).unflatten(1, (q.size(1), -1)) * ctx.scale
+                dq[heads, :, rows] = (ds @ k[heads, keys]).unflatten(1, (q.size(1), -1))
                 dk[heads, :, keys] += q[heads, :, rows].flatten(1, 2).mT @ ds
                 dv[heads, :, keys] += g.mT @ p
-        return dq, (dk * ctx.scale).mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None, None
+        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None, None
 
 
 def query_blocks(q, k, positions):
-    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and the keys they see."""
+    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
     N, G, T, S = *q.shape[:3], k.size(1)
     step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
     for n in range(0, N, step):
@@ -802,9 +802,17 @@ def block_attention(q, k, v, positions, dropout, scale):
     return BlockAttention.apply(q, k, v, positions, scale, dropout, keep).view(B, H, T, -1)
 
 
-def blocks_are_faster(q, k, v, positions):
-    """Whether `auto` takes the blocks: measured, see `python kernels.py --time`."""
-    return False
+def blocks_are_faster(q, k, positions):
+    """Whether `auto` takes the blocks: in training on a CPU, in short windows.
+
+    Time over that of torch's fused attention, forward and backward, 64 heads, D 16 to 64, one thread of an EPYC with
+    AVX-512 (`python kernels.py --time`): RATIOS.
+    """
+    T, S, D = q.size(2), k.size(2), q.size(3)
+    if q.device.type != "cpu" or not needs_grad(q, k) or positions is not None or torch.compiler.is_compiling():
+        return False
+    enough = q.size(0) * q.size(1) * T * S >= 2**20  # scores; with fewer, calls cost more than arithmetic
+    return enough and S <= KEPT and (q.dtype == torch.bfloat16 or q.dtype == torch.float32 and S * D >= 8192)
 
 
 # ---- the choice of a path -------------------------------------------------------------------------------------------
@@ -928,14 +936,14 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
     this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError.
     """
     path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
+    q, k, v = autocast_inputs(q, k, v)
     if q.size(1) % k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
         raise ValueError(f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if positions is not None:
         k, v = hide_unfilled(positions, k, v)
     if path == "auto":
-        path = "blocks" if blocks_are_faster(q, k, v, positions) else "sdpa"
+        path = "blocks" if blocks_are_faster(q, k, positions) else "sdpa"
     attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
-    q, k, v = autocast_inputs(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, positions, dropout, q.size(-1) ** -0.5 if scale is None else scale)
 
@@ -949,6 +957,7 @@ def absorbed_attention(q, k_components, v_components, compose_k, compose_v, posi
     -> (B, H, T, D). To all H queries the components are one wide head, of n_k D and n_v D features, that attention
     reads as it lies in the cache, once.
     """
+    q, k_components, v_components = autocast_inputs(q, k_components, v_components)
     B, H, T, D = q.shape
     S, mask = k_components.size(2), None
     if positions is not None:

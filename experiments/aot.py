@@ -1,8 +1,9 @@
-"""Compile the kernels for GPUs that need not be here: registers, shared memory, instructions.
+"""Compile the Triton kernels for GPUs that need not be here: registers, shared memory, spills, instructions.
 
-    python experiments/aot.py sm_80,sm_90,gfx942
+    python experiments/aot.py sm_80,sm_90    # of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 and gfx942
 
-Triton's interpreter accepts what its compiler refuses, so tests compile, too. Read kernels.py first.
+The interpreter accepts what the compiler refuses, so tests/test_kernels.py compiles every kernel, too, and bench.py
+counts what the compiled loops do. Read first: kernels.py.
 """
 
 import argparse
@@ -13,12 +14,17 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from options import fail, run_program  # before torch
-
 import torch
+from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
+from kernels import triton
+
+if triton is not None:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
 
 # name: (backend, architecture, threads per warp, KiB of shared memory that one program may use, KiB per multiprocessor)
 TARGETS = {
@@ -33,9 +39,7 @@ TARGETS = {
 
 
 def record_launches(shared, B=8, T=2048, H=16, n_k=4, n_v=4, D=128, dtype=torch.bfloat16):
-    """(kernel, arguments, options) of all launches that a training step and a decoding step make on a device with that
-    much memory.
-    """
+    """(kernel, arguments, options) of all launches of a training and a decoding step, given bytes of shared memory."""
     launches = []
     heads = lambda n, length: torch.empty(B, length, n, D, dtype=dtype, device="meta").transpose(1, 2)
     weight = lambda *shape: torch.empty(shape, device="meta")
@@ -52,15 +56,10 @@ def record_launches(shared, B=8, T=2048, H=16, n_k=4, n_v=4, D=128, dtype=torch.
 
 def compile_ahead(target, kernel, arguments, options):
     """Compile one recorded launch as the JIT would for these arguments, and read the resources from what comes out."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
     constants, attributes = {}, {}
 
-    def describe(
-        value, path
-    ):  # a Triton type; as in the JIT, None and 1 become constants and divisibility by 16 is noted
+    def describe(value, path):
+        """A Triton type; as in the JIT, None and 1 become constants and divisibility by 16 is noted."""
         if isinstance(value, tuple):
             return tuple(describe(item, path + (i,)) for i, item in enumerate(value))
         if value is None or isinstance(value, int) and value == 1:
@@ -68,10 +67,10 @@ def compile_ahead(target, kernel, arguments, options):
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-        return pointers[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        return pointers[value.dtype] if isinstance(value, Tensor) else "i32"
 
     names = kernel.arg_names
     signature = {names[i]: describe(value, (i,)) for i, value in enumerate(arguments)}
@@ -80,12 +79,9 @@ def compile_ahead(target, kernel, arguments, options):
     build = {name: value for name, value in options.items() if name not in names}
     backend, architecture, warp_size, _, shared_total = TARGETS[target]
     source, gpu = ASTSource(kernel, signature, constants, attributes), GPUTarget(backend, architecture, warp_size)
-    binary = kernels.triton.compile(source, target=gpu, options=build)
-    asm, shared, warps = (
-        binary.asm["ptx" if backend == "cuda" else "amdgcn"],
-        binary.metadata.shared,
-        build.get("num_warps", 4),
-    )
+    binary = triton.compile(source, target=gpu, options=build)
+    asm = binary.asm["ptx" if backend == "cuda" else "amdgcn"]
+    shared, warps = binary.metadata.shared, build.get("num_warps", 4)
     reserved = 1024 if backend == "cuda" else 0  # bytes of shared memory that CUDA itself takes per block
     if backend == "cuda":
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -94,10 +90,8 @@ def compile_ahead(target, kernel, arguments, options):
             name = re.search(r"\.target (sm_[0-9a-z]+)", asm)[1]  # sm_90a, say
             command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
             report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        registers, spills = (
-            int(re.search(r"Used (\d+) reg", report)[1]),
-            sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        )
+        registers = int(re.search(r"Used (\d+) reg", report)[1])
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
         by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     else:
         registers, spills = (
@@ -118,13 +112,13 @@ def compile_ahead(target, kernel, arguments, options):
 
 
 def print_resources(targets, widths=(64, 128)):
-    print(
-        f"bf16, triton {kernels.triton.__version__}; registers per thread; blocks per multiprocessor by registers, shared memory and threads"
+    limits = "blocks per multiprocessor by registers, shared memory and threads"
+    columns = (
+        "target, D, kernel, warps, registers, spill bytes, shared bytes, matrix instructions, async copies, blocks"
     )
-    print(
-        "| target | D | kernel | warps | registers | spill bytes | shared bytes | matrix instructions | async copies | blocks |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"bf16, triton {triton.__version__}; registers per thread; {limits}")
+    print("| " + columns.replace(", ", " | ") + " |")
+    print("|" + "---|" * 10)
     for target in targets:
         for D in widths:
             for launched in record_launches(TARGETS[target][3] * 1024, D=D):
@@ -136,16 +130,16 @@ def print_resources(targets, widths=(64, 128)):
                 )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and print what they use.")
     parser.add_argument("targets", help=f"comma-separated, of {', '.join(TARGETS)}")
-    targets = parser.parse_args(argv).targets.split(",")
+    targets = parser.parse_args().targets.split(",")
     if unknown := [target for target in targets if target not in TARGETS]:
-        fail(f"no target {', '.join(unknown)}: {', '.join(TARGETS)} are known")
-    if kernels.triton is None or kernels.triton.knobs.runtime.interpret:
-        fail("compiling needs triton (pip install triton), without TRITON_INTERPRET in the environment")
+        parser.error(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
+    if triton is None or triton.knobs.runtime.interpret:
+        parser.error("compiling needs triton (pip install triton), without TRITON_INTERPRET in the environment")
     print_resources(targets)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    main()
