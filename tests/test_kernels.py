@@ -111,7 +111,8 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
         name = ("q", "k", "v", "compose_k", "compose_v", "norm_weight")[i]
         assert not got.isnan().any(), name
         if name.startswith("compose") and dtype != torch.float32:
-            continue  # torch's matmul of what the kernels return; under a norm a cancelling sum, which bf16 leaves few digits on any path
+            # torch's matmul of what the kernels return: under a norm a cancelling sum, which bf16 leaves few digits
+            continue
         # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of
         # compose_v where a norm follows one value component, whose scale it removes. Their errors are compared with the
         # gradient of v.
