@@ -83,14 +83,14 @@ def test_a_long_context_keeps_its_end_and_the_whole_continuation_is_scored(model
 @pytest.mark.parametrize("n", [0, 1, 12, 13, 14, 26, 31])
 def test_windows_score_every_token_once_each_after_at_least_one_and_the_last_after_all_that_fit(model, n):
     ids = list(range(n))
-    windows = list(Harness(model, ByteTokenizer()).windows([7, 256], ids))
+    windows = list(Harness(model, ByteTokenizer()).windows([256, 7], ids))
     assert [token for _, targets in windows for token in targets] == ids
-    seen = [7, 256, *ids]
+    seen = [256, 7, *ids]
     for context, targets in windows:
         end = 2 + (ids.index(targets[-1]) + 1 if targets else 0)
         assert context == seen[end - len(targets) - len(context) : end - len(targets)] and len(targets) <= BLOCK
     if n > BLOCK:
-        assert windows[0] == ([256], ids[:BLOCK]) and sum(map(len, windows[-1])) == BLOCK + 1
+        assert windows[0] == ([7], ids[:BLOCK]) and sum(map(len, windows[-1])) == BLOCK + 1
 
 
 def test_the_loglikelihood_of_a_text_is_the_sum_over_its_windows(model):
