@@ -618,7 +618,9 @@ def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line, why):
     assert os.listdir(tmp_path) == ["d.jsonl"]
 
 
-def test_invalid_utf8_is_replaced_and_counted(tmp_path):
+@pytest.mark.parametrize("piece", [1 << 20, 20])
+def test_invalid_utf8_is_replaced_and_counted(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(sources, "PIECE", piece)
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"good \xff\xfe bad \xc3\xa9 \xef\xbf\xbd end\r\n" * 10)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="byte", out_dir=tmp_path / "out")
     assert text_of(dataset, "train") + text_of(dataset, "val") == "good \ufffd\ufffd bad \u00e9 \ufffd end\r\n" * 10
@@ -668,6 +670,13 @@ def test_the_tokenizer_learns_from_a_sample_of_the_training_side_spread_over_all
     sample = [int(text) for text in prepare_module.sample(corpus)]
     assert 80 <= len(sample) <= 100 and all(i % 10 for i in sample)
     assert sample[0] < 200 and sample[-1] > 9800 and max(np.diff(sample)) < 200
+
+
+def test_the_sample_is_by_bytes_when_long_and_short_records_alternate(monkeypatch):
+    monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 500_000)
+    texts = [str(i) * (10_000 if i % 2 else 1) for i in range(100)]
+    corpus = sources.Corpus(lambda: (("train", text, True) for text in texts), 1_000_000)
+    assert 450_000 < sum(map(len, prepare_module.sample(corpus))) < 550_000
 
 
 def test_a_vocabulary_is_learned_from_a_few_long_records(tmp_path, monkeypatch):
