@@ -308,7 +308,10 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
     bar.close()
     if len(dtypes) > 1:
         raise ValueError("the files for train and val have ids of different width")
-    return dict(dtype=dtypes.pop(), vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
+    dtype = dtypes.pop()
+    if dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
+        raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for ids of two bytes")
+    return dict(dtype=dtype, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
 
 
 def link(source: Path, target: Path) -> None:
@@ -345,9 +348,7 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
         raise ValueError(f"--out_dir {out_dir} holds a data set; add --overwrite to replace it")
     names = {path.name for path in out_dir.iterdir()} - {META_FILE, TOKENIZER_FILE, *SPLITS.values()}
     if others := [name for name in sorted(names) if not re.fullmatch(r"(train|val)-\d{5}\.bin", name)]:
-        raise ValueError(
-            f"--out_dir {out_dir} holds {others[0]!r} beside the data set; move it away before --overwrite"
-        )
+        raise ValueError(f"--out_dir {out_dir} holds {others[0]!r} beside the data set; move it before --overwrite")
 
 
 def publish(folder: Path, out_dir: Path) -> None:
@@ -355,7 +356,11 @@ def publish(folder: Path, out_dir: Path) -> None:
     old = out_dir.with_name(f".{out_dir.name}.old-")
     if out_dir.exists():
         os.rename(out_dir, old)
-    os.rename(folder, out_dir)
+    try:
+        os.rename(folder, out_dir)
+    except OSError:
+        clean_up(out_dir)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
