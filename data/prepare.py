@@ -10,6 +10,10 @@ A file given by name may have any suffix if it is text; a .jsonl file has a "tex
 spelling <|endoftext|> divides documents. In a folder, files named train.* and val.*, valid*.* or test.* are the splits.
 UTF-16 with a byte order mark is decoded. The summary says what was skipped, replaced or divided.
 
+--tokenizer is bpe (trained on the text, --vocab_size tokens with end-of-text), byte, gpt2 or another name of tiktoken,
+hf:FOLDER (a Hugging Face tokenizer.json), or the folder of a run or of a data set, whose tokenizer is used again.
+--content of Python's text: prose (language topics and docstrings), code, or both.
+
 A first pass over the text trains the tokenizer on the training side, a second one writes the tokens; files of any size
 stream through both. The folder is written beside its place and renamed when complete. Read before: data/dataset.py,
 data/sources.py. Read next: train.py.
@@ -54,22 +58,10 @@ TOKENIZER_BYTES = 16 << 20  # text that a bpe vocabulary is learned from, spread
 @dataclass
 class Options:
     source: str = option("python", f"python, {', '.join(CORPORA)}, or a file or folder of text or of tokens")
-    tokenizer: str | None = option(
-        None,
-        "bpe, byte, gpt2 or another name of tiktoken's, hf:FOLDER, or the folder of a run or a data set "
-        "(default bpe; for token files gpt2)",
-    )
-    vocab_size: int | None = option(
-        None, f"tokens of a bpe vocabulary, end-of-text included (default {VOCAB_SIZE})", least=257, most=1 << 20
-    )
-    content: str | None = option(
-        None,
-        "of --source python: topics and docstrings, sources, or topics and sources (default both)",
-        choices=("prose", "code", "both"),
-    )
-    shards: int | None = option(
-        None, "of --source fineweb-edu: how many of its 14 files, 2 GB each (default 1)", least=1, most=14
-    )
+    tokenizer: str | None = option(None, "bpe (default), byte, gpt2 (default for token files), ..., hf:FOLDER, a run")
+    vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (default {VOCAB_SIZE})", least=257, most=1 << 20)
+    content: str | None = option(None, "of --source python (default both)", choices=("prose", "code", "both"))
+    shards: int | None = option(None, "of --source fineweb-edu, 2 GB each (default 1)", least=1, most=14)
     val_fraction: float = option(0.05, "share of the bytes of text to validate on", above=0, most=0.5)
     out_dir: str | None = option(None, "where the data set lands (default data/<name of the source>)")
     overwrite: bool = option(False, "replace a data set that is there")
