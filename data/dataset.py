@@ -287,10 +287,8 @@ def check_meta(meta: dict, path: Path) -> None:
         ("tokenizer", meta.get("tokenizer"), TOKENIZER_FILE),
     ):
         need(isinstance(entry, dict), f"'{what}' is not an object")
-        need(
-            isinstance(entry.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]),
-            f"'{what}.sha256' is no SHA-256",
-        )
+        digest = entry.get("sha256")
+        need(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"'{what}.sha256' is no SHA-256")
         if what != "tokenizer":
             for key in ("tokens", "bytes", "documents"):
                 need(integer(entry.get(key), 1, 2**48), f"'{what}.{key}' is not a positive number")

@@ -10,6 +10,10 @@ A file given by name may have any suffix if it is text; a .jsonl file has a "tex
 spelling <|endoftext|> divides documents. In a folder, files named train.* and val.*, valid*.* or test.* are the splits.
 UTF-16 with a byte order mark is decoded. The summary says what was skipped, replaced or divided.
 
+--tokenizer is bpe (trained on the text, --vocab_size tokens with end-of-text), byte, gpt2 or another name of tiktoken,
+hf:FOLDER (a Hugging Face tokenizer.json), or the folder of a run or of a data set, whose tokenizer is used again.
+--content of Python's text: prose (language topics and docstrings), code, or both.
+
 A first pass over the text trains the tokenizer on the training side, a second one writes the tokens; files of any size
 stream through both. The folder is written beside its place and renamed when complete. Read before: data/dataset.py,
 data/sources.py. Read next: train.py.
@@ -54,22 +58,10 @@ TOKENIZER_BYTES = 16 << 20  # text that a bpe vocabulary is learned from, spread
 @dataclass
 class Options:
     source: str = option("python", f"python, {', '.join(CORPORA)}, or a file or folder of text or of tokens")
-    tokenizer: str | None = option(
-        None,
-        "bpe, byte, gpt2 or another name of tiktoken's, hf:FOLDER, or the folder of a run or a data set "
-        "(default bpe; for token files gpt2)",
-    )
-    vocab_size: int | None = option(
-        None, f"tokens of a bpe vocabulary, end-of-text included (default {VOCAB_SIZE})", least=257, most=1 << 20
-    )
-    content: str | None = option(
-        None,
-        "of --source python: topics and docstrings, sources, or topics and sources (default both)",
-        choices=("prose", "code", "both"),
-    )
-    shards: int | None = option(
-        None, "of --source fineweb-edu: how many of its 14 files, 2 GB each (default 1)", least=1, most=14
-    )
+    tokenizer: str | None = option(None, "bpe (default), byte, gpt2 (default for token files), ..., hf:FOLDER, a run")
+    vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (default {VOCAB_SIZE})", least=257, most=1 << 20)
+    content: str | None = option(None, "of --source python (default both)", choices=("prose", "code", "both"))
+    shards: int | None = option(None, "of --source fineweb-edu, 2 GB each (default 1)", least=1, most=14)
     val_fraction: float = option(0.05, "share of the bytes of text to validate on", above=0, most=0.5)
     out_dir: str | None = option(None, "where the data set lands (default data/<name of the source>)")
     overwrite: bool = option(False, "replace a data set that is there")
@@ -308,7 +300,10 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
     bar.close()
     if len(dtypes) > 1:
         raise ValueError("the files for train and val have ids of different width")
-    return dict(dtype=dtypes.pop(), vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
+    dtype = dtypes.pop()
+    if dtype == "uint16" and tokenizer.vocab_size > 1 << 16:
+        raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, too many for ids of two bytes")
+    return dict(dtype=dtype, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
 
 
 def link(source: Path, target: Path) -> None:
@@ -345,9 +340,7 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
         raise ValueError(f"--out_dir {out_dir} holds a data set; add --overwrite to replace it")
     names = {path.name for path in out_dir.iterdir()} - {META_FILE, TOKENIZER_FILE, *SPLITS.values()}
     if others := [name for name in sorted(names) if not re.fullmatch(r"(train|val)-\d{5}\.bin", name)]:
-        raise ValueError(
-            f"--out_dir {out_dir} holds {others[0]!r} beside the data set; move it away before --overwrite"
-        )
+        raise ValueError(f"--out_dir {out_dir} holds {others[0]!r} beside the data set; move it before --overwrite")
 
 
 def publish(folder: Path, out_dir: Path) -> None:
@@ -355,7 +348,11 @@ def publish(folder: Path, out_dir: Path) -> None:
     old = out_dir.with_name(f".{out_dir.name}.old-")
     if out_dir.exists():
         os.rename(out_dir, old)
-    os.rename(folder, out_dir)
+    try:
+        os.rename(folder, out_dir)
+    except OSError:
+        clean_up(out_dir)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

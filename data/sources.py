@@ -353,7 +353,8 @@ def find_texts(source: Path) -> tuple[list[TextFile], dict[str, list[str]]]:
     else:
         file, why = recognise(source, source.name)
         if why:
-            raise ValueError(f"--source {source}: the file is {why}")
+            hint = "; for token files give their folder" if source.suffix == ".bin" else ""
+            raise ValueError(f"--source {source}: the file is {why}{hint}")
         files.append(file)
     bar.close()
     return files, skipped

@@ -474,6 +474,7 @@ def test_utf16_gives_the_data_set_of_the_same_text_in_utf8(tmp_path):
         ("d.txt", b"\x7fELF" + bytes(3000), "binary"),
         ("d.txt.gz", b"anything", "compressed: unpack it first"),
         ("d.md", b"", "empty"),
+        ("weights.bin", np.arange(9000, dtype=np.uint16).tobytes(), ".bin"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(tmp_path, capsys, name, content, why):
@@ -871,6 +872,16 @@ def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path, c
         patch.setattr(os, "rename", killed)
         main([*arguments, "--overwrite"])
     assert not prepared.exists()
+
+    def failing(source, target):
+        if Path(source).name.startswith(".prepared.new-"):
+            raise OSError("no room")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        assert "holds a data set" in refused(capsys, *arguments)
+        assert "no room" in refused(capsys, *arguments, "--overwrite")
     assert "holds a data set; add --overwrite" in refused(capsys, *arguments)
     assert open_dataset(prepared, verify=True).vocab_size == 400
     main([*arguments, "--overwrite"])
@@ -918,7 +929,7 @@ def test_folders_that_are_in_the_way_are_refused_and_untouched(prepared, tmp_pat
             assert "not a prepared data set" in refused(capsys, *source, out, *extra)
     assert "--overwrite" in refused(capsys, *source, prepared)
     (prepared / "notes.md").write_text("mine")
-    assert "holds 'notes.md' beside the data set" in refused(capsys, *source, prepared, "--overwrite")
+    assert "holds 'notes.md' beside the data set; move it" in refused(capsys, *source, prepared, "--overwrite")
     assert (tmp_path / "thesis" / "chapter.doc").read_text() == "years of work"
     open_dataset(prepared, verify=True)
 
@@ -1067,6 +1078,15 @@ def test_token_files_are_gpt_2_s_unless_said_otherwise(tmp_path, monkeypatch):
     dataset = prepare(source=tmp_path / "source", out_dir=tmp_path / "out")
     assert dataset.meta["tokenizer"]["name"] == "gpt2" and dataset.vocab_size == 50257
     assert dataset.meta["splits"]["train"]["documents"] == 200 and "readme.md" in notes(dataset)
+
+
+def test_ids_of_two_bytes_have_no_large_vocabulary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "get_tokenizer", lambda name: Wide())
+    monkeypatch.setattr(Wide, "_decode", lambda self, tokens: b"x")
+    for name in ("train.bin", "val.bin"):
+        write(tmp_path / "source" / name, IDS.astype("<u2").tobytes())
+    error = refused(capsys, "--source", tmp_path / "source", "--tokenizer", "wide", "--out_dir", tmp_path / "out")
+    assert "wide has 100001 tokens, too many for ids of two bytes" in error
 
 
 def test_a_changed_shard_is_refused(tmp_path):

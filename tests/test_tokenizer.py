@@ -334,7 +334,7 @@ def mixed_texts():
     yield from AWKWARD
     yield from (random_text(rng) for _ in range(300))
     yield CORPUS
-    for start in range(0, 0x110000, 0x400):  # every character, among letters, where a pattern's classes may differ
+    for start in range(0, 0x20000, 0x400):  # every character of two planes, as the patterns' classes may differ
         block = (chr(i) for i in range(start, start + 0x400) if not 0xD800 <= i < 0xE000)
         yield "".join(f"a{c} 1{c}{c}\n" for c in block) if start < 0x4000 else "".join(block)
 
