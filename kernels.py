@@ -25,9 +25,10 @@ prepares it. Scores are kept in units of log 2: the hardware has exp2, not exp.
     triton      the kernels below, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
     sdpa        torch's fused attention
     blocks      `BlockAttention`: blocks of queries in plain matmuls, the kernels' loop in ten lines of PyTorch a pass;
-                on a CPU often faster than torch's. Read it before the kernels.
+                on a CPU often faster than torch's (--time). Read it before the kernels.
     reference   the formula
-    auto        what `set_kernel` says, by default blocks where they are faster and sdpa elsewhere
+    auto        what `set_kernel` says, by default torch's fused attention: neither the Triton kernels on a GPU nor
+                the losses of whole runs in blocks have been measured yet
 
 Read next: attention.py; experiments/aot.py compiles the kernels for GPUs that need not be here.
 
@@ -802,19 +803,6 @@ def block_attention(q, k, v, positions, dropout, scale):
     return BlockAttention.apply(q, k, v, positions, scale, dropout, keep).view(B, H, T, -1)
 
 
-def blocks_are_faster(q, k, positions):
-    """Whether `auto` takes the blocks: in training on a CPU, in short windows.
-
-    Time over that of torch's fused attention, forward and backward, 64 heads, D 16 to 64, one thread of an EPYC with
-    AVX-512 (`python kernels.py --time`): RATIOS.
-    """
-    T, S, D = q.size(2), k.size(2), q.size(3)
-    if q.device.type != "cpu" or not needs_grad(q, k) or positions is not None or torch.compiler.is_compiling():
-        return False
-    enough = q.size(0) * q.size(1) * T * S >= 2**20  # scores; with fewer, calls cost more than arithmetic
-    return enough and S <= KEPT and (q.dtype == torch.bfloat16 or q.dtype == torch.float32 and S * D >= 8192)
-
-
 # ---- the choice of a path -------------------------------------------------------------------------------------------
 
 PATHS = "auto", "triton", "sdpa", "blocks", "reference"
@@ -942,7 +930,7 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
     if positions is not None:
         k, v = hide_unfilled(positions, k, v)
     if path == "auto":
-        path = "blocks" if blocks_are_faster(q, k, positions) else "sdpa"
+        path = "sdpa"
     attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, positions, dropout, q.size(-1) ** -0.5 if scale is None else scale)

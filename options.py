@@ -197,12 +197,11 @@ def read_json(path, max_bytes=64 << 20):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
-    with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes} bytes, which is no file of this kind")
+    content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
-    if len(content) > max_bytes:
-        raise ValueError(f"{path} has more than {max_bytes} bytes, which is no file of this kind")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
