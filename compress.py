@@ -571,7 +571,7 @@ class Options:
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
     seed: int = option(0, "of the calibration windows and of healing", least=0)
-    kernel: str = option("auto", "path of the attention (see kernels.py); auto is torch", PATHS)
+    kernel: str = option("auto", "path of the attention (see kernels.py); auto is that of torch", PATHS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 

@@ -358,16 +358,6 @@ def test_dropout_in_blocks_is_one_mask_for_both_passes_and_keeps_the_expectation
     assert abs(weight.mean() - 1) < 0.01 and (weight - 1).abs().max() > 0.2
 
 
-def test_auto_takes_blocks_only_in_training_in_short_windows(monkeypatch):
-    taken = []
-    for path in ("block_attention", "fused_attention"):
-        monkeypatch.setattr(kernels, path, lambda q, *_, path=path: taken.append(path) or q)
-    long, short = (torch.randn(64, 1, T, 32, requires_grad=True) for T in (1024, 256))
-    for x in (short, short.detach(), long):
-        causal_attention(x, x, x)
-    assert taken == ["block_attention", "fused_attention", "fused_attention"]
-
-
 # ---- decode ---------------------------------------------------------------------------------------------------------
 
 
