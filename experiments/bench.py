@@ -41,8 +41,8 @@ import torch.nn.functional as F
 
 import kernels
 import train
-from experiments.report import command, machine, save_picture, table
 from experiments.aot import TARGETS, compile_ahead, record_launches
+from experiments.report import command, machine, save_picture, table
 from kernels import mea_attention, mea_decode, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache
 

@@ -23,10 +23,10 @@ from options import fail, option, parse_options, run_program, write_atomically  
 
 import torch
 
+from checkpoint import from_pretrained
 from compress import choose_ranks, compress, probe
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from experiments.report import command, mean_and_std, number, table
-from checkpoint import from_pretrained
 from train import evaluate
 
 

@@ -57,8 +57,8 @@ import torch
 
 import train
 from attention import ATTENTION
-from experiments.report import command, machine, mean_and_std, number, save_picture, table
 from checkpoint import load_checkpoint
+from experiments.report import command, machine, mean_and_std, number, save_picture, table
 from model import GPT, GPTConfig, build_config
 
 DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
@@ -238,7 +238,7 @@ def progress(runs, runs_left, seconds, work, work_left):
 
 
 def snapshot(folder, taken):
-    """Keep the composition matrices of a run's checkpoint in compose-STEP.npz; `taken` has the checkpoints' times."""
+    """Keep the compositions of a run's checkpoint in compose-STEP.npz; `taken` has the times of those that were."""
     checkpoint = folder / "checkpoint.pt"
     with contextlib.suppress(FileNotFoundError):  # before the first, and between two renames of each
         written = checkpoint.stat().st_mtime_ns
@@ -248,8 +248,9 @@ def snapshot(folder, taken):
         taken[folder] = written
         attentions = [layer.self_attn for layer in model.layers]
         if hasattr(attentions[0], "compose_k"):
-            stack = lambda name: np.stack([getattr(a, name).detach().numpy() for a in attentions])  # (layers, Hc, H)
-            matrices = {name: stack(name) for name in ("compose_k", "compose_v")}
+            weights = lambda name: [getattr(attention, name).detach().numpy() for attention in attentions]
+            matrix = lambda w: np.diag(w) if w.ndim == 1 else w  # of --compose diagonal the diagonal alone is learned
+            matrices = {name: np.stack([*map(matrix, weights(name))]) for name in ("compose_k", "compose_v")}
             np.savez(folder / f"compose-{state['step']:06}.npz", **matrices)
 
 

@@ -30,8 +30,8 @@ from options import fail, option, parse_options, run_program  # before torch
 import torch
 
 import train
-from experiments.report import command, machine, table
 from checkpoint import load_checkpoint
+from experiments.report import command, machine, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training process, with a fault built in where it must strike at an exact place; train.py itself knows nothing of it

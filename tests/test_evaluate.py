@@ -10,10 +10,10 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import ByteTokenizer, train_bpe
 from experiments import evaluate
 from experiments.evaluate import Harness, average, generation_settings, markdown
-from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 BLOCK = 13

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import bench, compression, sweep
+import train
 from checkpoint import to_pretrained
+from experiments import bench, compression, sweep
 from model import GPT, GPTConfig
 
 
@@ -141,6 +142,8 @@ def test_every_attention_can_be_swept_with_and_without_head_norm(monkeypatch):
     assert sweep.variant_options("mea:diagonal") == ["--attention", "mea", "--compose", "diagonal"]
     options = "--attention mea --head_norm no --compose diagonal --n_kv_head 2"
     assert " ".join(sweep.variant_options("mea-norm:diagonal@2")) == options
+    run = sweep.plan_run(Path("out/none"), sweep.Setting("mea:diagonal", None, "tiny").options(seed=0))
+    assert run.steps == train.PRESETS["tiny"]["max_steps"] and run.step_flops > 0
 
 
 def test_a_size_is_a_preset_or_a_width_and_a_variant_may_cache_fewer_heads():
@@ -276,7 +279,7 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
 
     def load(path):
         loaded.append(int(path.read_text()))
-        attention = types.SimpleNamespace(compose_k=torch.eye(2), compose_v=torch.eye(2))
+        attention = types.SimpleNamespace(compose_k=torch.eye(2), compose_v=torch.tensor([3.0, 4.0]))
         layer = types.SimpleNamespace(self_attn=attention if loaded[-1] else types.SimpleNamespace())
         return types.SimpleNamespace(layers=[layer]), dict(step=loaded[-1])
 
@@ -290,6 +293,9 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
         sweep.snapshot(tmp_path, taken)
     assert loaded == [0, 10, 20, 20] and sweep.compositions(tmp_path)["step"] == [10, 20]
     assert np.shape(sweep.compositions(tmp_path)["compose_k"]) == (2, 1, 2, 2)
+    assert sweep.compositions(tmp_path)["compose_v"][0] == [
+        [[3, 0], [0, 4]]
+    ]  # of a diagonal its numbers alone are learned
 
 
 def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_path, data, monkeypatch):
