@@ -77,6 +77,8 @@ class GPTConfig:
             raise ValueError(
                 "qk_norm stands between MEA's projections and compositions: mea_form cannot be fold, use auto"
             )
+        if self.compose != "full" and not hasattr(variant, "compositions"):
+            raise ValueError(f"compose {self.compose} is for mea: {self.attention} composes no heads")
         if self.head_norm is None:
             self.head_norm = variant.head_norm_by_default
         if self.head_dim is None:

@@ -259,6 +259,7 @@ def test_weight_decay_leaves_vectors_norms_lambdas_and_compositions_alone():
         (dict(attention="linear"), "mha, tha, dfa, mea"),
         (dict(mea_form="fast"), "compose, fold, absorb"),
         (dict(dropout=1.0), "dropout"),
+        (dict(attention="mha", compose="diagonal"), "mha composes no heads"),
         (dict(n_kv_head=5), "between 1 and n_head 4"),
         (dict(n_kv_head=[[1, 1]]), "lists 1 layers and the model has 2"),
     ],
