@@ -1,4 +1,4 @@
-"""kernels.py against the formulas in fp64: every path, every gradient, odd lengths; compiled for GPUs that are not here."""
+"""kernels.py against the formulas in fp64: every path and gradient, odd lengths; compiled for GPUs not here."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def random_heads(B, n, T, D, dtype=torch.float32):
 def random_problem(B, T, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32):
     torch.manual_seed(B + T + D + H)
     q, k, v = random_heads(B, H, T, D, dtype), random_heads(B, n_k, T, D, dtype), random_heads(B, n_v, T, D, dtype)
-    # No weight near 0: a norm turns the gradients of a head that one component makes with a weight w into something like 1 / w.
+    # No weight near 0: under a norm, gradients of a head that one component makes with a weight w grow like 1 / w.
     weight = lambda n: torch.randn(n, H, device=DEVICE) / n**0.5
     compose_k, compose_v = (w + 0.5 * w.sign() if composed else None for w in (weight(n_k), weight(n_v)))
     norm_weight = torch.randn(H, D, device=DEVICE) if norm else None  # about half of the gains are negative
@@ -60,7 +60,7 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture
 def exact_bf16(monkeypatch):
-    """Triton's interpreter multiplies the raw bits of bf16 tiles and truncates where GPUs round: compute with their values."""
+    """Triton's interpreter multiplies the raw bits of bf16 tiles and truncates where GPUs round: use their values."""
     if DEVICE == "cuda":
         return
     import numpy as np
@@ -91,7 +91,7 @@ def exact_bf16(monkeypatch):
         monkeypatch.setattr(InterpreterBuilder, name, convert(name))
 
 
-# ---- prefill and its gradients --------------------------------------------------------------------------------------------
+# ---- prefill and its gradients --------------------------------------------------------------------------------------
 
 
 def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.float32, composed=True):
@@ -109,9 +109,9 @@ def check_attention(path, forward_bound, gradient_bound, *problem, dtype=torch.f
         name = ("q", "k", "v", "compose_k", "compose_v", "norm_weight")[i]
         assert not got.isnan().any(), name
         if name.startswith("compose") and dtype != torch.float32:
-            continue  # torch's matmul of what the kernels return; under a norm a cancelling sum, which bf16 leaves few digits on any path
-        # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of compose_v where
-        # a norm follows one value component, whose scale it removes. Their errors are compared with the gradient of v.
+            continue  # torch's matmul of what the kernels return: under a norm a sum that cancels, with few digits left
+        # Some gradients are sums that cancel to (almost) 0: those through the softmax of one position, and that of
+        # compose_v where a norm follows one value component, whose scale it removes. Compare with the gradient of v.
         B, T, D, H, n_k, n_v, norm = problem
         cancels = T == 1 or name == "compose_v" and n_v == 1 and norm
         scale = max(true.norm(), exact_gradients[2].norm()) if cancels else true.norm()
@@ -221,7 +221,7 @@ def test_compose_heads_is_equation_10_and_the_norm_makes_unit_mean_squares():
     torch.testing.assert_close(normed.square().mean(-1), torch.ones(2, 3, 5, device=DEVICE))
 
 
-# ---- attention in blocks of queries -----------------------------------------------------------------------------------
+# ---- attention in blocks of queries ---------------------------------------------------------------------------------
 
 
 def attention_problem(B, T, S, H, n, D, Dv, dtype=torch.float64, scale=1.0):
@@ -245,7 +245,7 @@ def weights(request, monkeypatch):
     return request.param
 
 
-# B, T, S, H, n, D, Dv: whole blocks, one more, one query, a cache before the queries, grouped queries, DFA's wide values
+# B, T, S, H, n, D, Dv: whole blocks, one row more, one query, a cache in front, grouped queries, DFA's wide values
 SHAPES = [
     (2, 128, 128, 3, 3, 16, 16),
     (1, 129, 129, 4, 2, 8, 8),
@@ -363,7 +363,7 @@ def test_auto_takes_blocks_only_in_training_in_short_windows(monkeypatch):
     assert taken == ["block_attention", "fused_attention", "fused_attention"]
 
 
-# ---- decode ---------------------------------------------------------------------------------------------------------------
+# ---- decode ---------------------------------------------------------------------------------------------------------
 
 
 def check_decode(path, bound, B, S, D, H, n_k, n_v, norm, composed=True, dtype=torch.float32, lengths=None):
@@ -421,7 +421,7 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
     assert relative_error(mea_decode(q[:, :, -1:], k, v, None, compose_v, norm_weight, path=path), exact) < 1e-5
 
 
-# ---- dispatch -------------------------------------------------------------------------------------------------------------
+# ---- dispatch -------------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_what_set_kernel_says_and_falls_back_aloud(caplog, monkeypatch):
@@ -536,7 +536,7 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
         torch.testing.assert_close(torch.compile(one, backend=backend, fullgraph=True)(*inputs), one(*inputs))
 
 
-# ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------------
+# ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------
 
 
 def run_without_interpreter(*command):
