@@ -702,7 +702,7 @@ def compose_heads(components, weight):
 # ---- attention in blocks of queries ---------------------------------------------------------------------------------
 
 BLOCK = 64  # queries in a block
-TILE = 2**18  # scores that one thread computes at a time: 1 MB in float32, which stays in its cache
+TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
 KEPT = 512  # keys up to which the backward pass finds the weights kept; beyond them memory is linear in the sequence
 
 
@@ -807,16 +807,16 @@ def blocks_are_faster(q, k, positions):
 
     Time over that of torch's fused attention with its backward, D 16 to 64, 64 heads, one thread of an EPYC with
     AVX-512 (`python kernels.py --time`): bf16 0.42 to 0.50 at T=128, 0.67 to 0.70 at 256, 0.70 to 0.75 at 512; fp32
-    1.02 to 1.18, 0.91 to 1.02, 0.74 to 0.84. From 1024 on, where the weights are recomputed, it is 1.14 to 1.49. The
-    forward pass alone gains little (0.8 to 1.4): prefill stays with torch.
+    1.02 to 1.18, 0.91 to 1.02, 0.74 to 0.84; two threads beside other work gain less, in fp32 nothing below 512. From
+    1024 on, where the weights are recomputed, it is 1.14 to 1.49. The forward pass alone gains little (0.8 to 1.4):
+    prefill stays with torch.
     """
-    T, S, D = q.size(2), k.size(2), q.size(3)
+    T, S = q.size(2), k.size(2)
     if q.device.type != "cpu" or not needs_grad(q, k) or positions is not None or torch.compiler.is_compiling():
         return False
     enough = q.size(0) * q.size(1) * T * S >= 2**20  # scores; with fewer, calls cost more than arithmetic
-    if q.dtype == torch.float32:
-        enough = enough and S >= 256 and S * D >= 8192
-    return enough and S <= KEPT and q.dtype in (torch.bfloat16, torch.float32)
+    shortest = {torch.bfloat16: 1, torch.float32: 512}.get(q.dtype, KEPT + 1)
+    return enough and shortest <= S <= KEPT
 
 
 # ---- the choice of a path -------------------------------------------------------------------------------------------
