@@ -925,8 +925,9 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
 
     n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
     places of the queries where the rows of a batch have different lengths; without them the queries are the last T of
-    S. Keys and values behind a row's places have no weight but must be finite, as in a cache that starts as zeros. `scale` is 1 / sqrt(D) by default. `path` as at the top of
-    this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError.
+    S. Keys and values behind a row's places have no weight but must be finite, as in a cache that starts as zeros.
+    `scale` is 1 / sqrt(D) by default. `path` as at the top of this file, without triton, whose kernels belong to
+    `mea_attention`. Raises ValueError for shapes that do not fit and for an unknown path.
     """
     path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
     q, k, v = autocast_inputs(q, k, v)

@@ -300,7 +300,7 @@ def test_blocks_pass_gradcheck_and_a_second_backward(weights, monkeypatch):
     x = inputs[0]
     exact = torch.autograd.grad(causal_attention(x, x, x, path="reference").square().sum(), x)[0]
     loss = shared(x)
-    monkeypatch.setattr(kernels, "TILE", 2**20)  # the number of threads may change before the backward pass
+    monkeypatch.setattr(kernels, "TILE", 1)  # the number of threads may change before the backward pass
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], exact)
 
