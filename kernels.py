@@ -703,7 +703,7 @@ def compose_heads(components, weight):
 # ---- attention in blocks of queries ---------------------------------------------------------------------------------
 
 BLOCK = 64  # queries in a block
-TILE = 2**18  # scores that one thread computes at a time: 1 MB in float32, which stays in its cache
+TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
 KEPT = 512  # keys up to which the backward pass finds the weights kept; beyond them memory is linear in the sequence
 
 
@@ -723,12 +723,12 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, positions, scale, dropout, keep):
-        ctx.positions, ctx.scale, ctx.dropout = positions, scale, dropout
+        ctx.positions, ctx.scale, ctx.dropout, ctx.blocks = positions, scale, dropout, query_blocks(q, k, positions)
         ctx.seed, weights = torch.randint(2**62, ()).item() if dropout else None, []
         q_wide, k_wide, v_wide = widen(q) * scale, widen(k), widen(v)
         out, mask = q.new_empty(*q.shape[:3], v.size(-1)), dropout_masks(ctx.seed, dropout, q.device)
         with torch.autocast(q.device.type, enabled=False):
-            for heads, rows, keys in query_blocks(q, k, positions):
+            for heads, rows, keys in ctx.blocks:
                 p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], positions, heads, rows)
                 weights += [p.to(q.dtype)] if keep else []
                 p = p * mask(p) if dropout else p
@@ -737,13 +737,14 @@ class BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, *weights = ctx.saved_tensors
         q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
         dq, mask = torch.empty_like(q), dropout_masks(ctx.seed, ctx.dropout, q.device)
         dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
         with torch.autocast(q.device.type, enabled=False):
-            for i, (heads, rows, keys) in enumerate(query_blocks(q, k, ctx.positions)):
+            for i, (heads, rows, keys) in enumerate(ctx.blocks):
                 if weights:
                     p = widen(weights[i])
                 else:
@@ -765,10 +766,9 @@ def query_blocks(q, k, positions):
     """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
     N, G, T, S = *q.shape[:3], k.size(1)
     step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
-    for n in range(0, N, step):
-        for start in range(0, T, BLOCK):
-            stop = min(start + BLOCK, T)
-            yield slice(n, n + step), slice(start, stop), slice(0, S if positions is not None else S - T + stop)
+    ends = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    seen = lambda stop: S - T + stop if positions is None else S
+    return [(slice(n, n + step), slice(*rows), slice(seen(rows[1]))) for n in range(0, N, step) for rows in ends]
 
 
 def block_weights(q, k, positions, heads, rows):
@@ -891,12 +891,6 @@ def causal_mask(T, S, positions=None, device=None):
     return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
-def hide_unfilled(positions, *caches):
-    """Caches (B, n, S, D) with zeros behind the last position of each row: a weight of 0 times NaN would be NaN."""
-    unfilled = torch.arange(caches[0].size(2), device=positions.device) > positions.amax(1)[:, None]  # (B, S)
-    return (x.masked_fill(unfilled[:, None, :, None], 0) for x in caches)
-
-
 def plain_attention(q, k, v, positions, dropout, scale):
     groups = q.size(1) // k.size(1)
     k, v = (widen(x).repeat_interleave(groups, 1) for x in (k, v))  # (B, H, S, D)
@@ -919,16 +913,15 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
     """softmax(scale Q K^T) V, causal: (B, H, T, Dv) from q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv).
 
     n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
-    places of the queries where the rows of a batch have different lengths, and nothing behind a row's last place is
-    read; without them the queries are the last T of S. `scale` is 1 / sqrt(D) by default. `path` as at the top of
-    this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError.
+    places of the queries where the rows of a batch have different lengths; without them the queries are the last T of
+    S. Keys and values behind a row's places have no weight but must be finite, as in a cache that starts as zeros.
+    `scale` is 1 / sqrt(D) by default. `path` as at the top of this file, without triton, whose kernels belong to
+    `mea_attention`. Raises ValueError for shapes that do not fit and for an unknown path.
     """
     path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
     q, k, v = autocast_inputs(q, k, v)
     if q.size(1) % k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
         raise ValueError(f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if positions is not None:
-        k, v = hide_unfilled(positions, k, v)
     if path == "auto":
         path = "sdpa"
     attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
@@ -943,13 +936,11 @@ def absorbed_attention(q, k_components, v_components, compose_k, compose_v, posi
 
     q (B, H, T, D), k_components (B, n_k, S, D), v_components (B, n_v, S, D), compose_k (n_k, H), compose_v (n_v, H)
     -> (B, H, T, D). To all H queries the components are one wide head, of n_k D and n_v D features, that attention
-    reads as it lies in the cache, once.
+    reads as it lies in the cache, once. `positions` as in `causal_attention`.
     """
     q, k_components, v_components = autocast_inputs(q, k_components, v_components)
     B, H, T, D = q.shape
     S, mask = k_components.size(2), None
-    if positions is not None:
-        k_components, v_components = hide_unfilled(positions, k_components, v_components)
     q = (q.unsqueeze(3) * compose_k.T[:, None, :, None]).to(q.dtype)  # (B, H, T, n_k, D)
     k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k_components, v_components))  # (B, 1, S, n * D)
     if T > 1 or positions is not None:
@@ -1031,6 +1022,9 @@ def mea_decode(
         if path == "triton":
             return decode(q, k, v, compose_k, compose_v, norm_weight, lengths, eps)
         dtype, positions = q.dtype, None if lengths is None else lengths[:, None] - 1
+        if lengths is not None:  # torch would read what is not filled, and a weight of 0 times NaN is NaN
+            unfilled = (torch.arange(k.size(2), device=k.device) >= lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+            k, v = k.masked_fill(unfilled, 0), v.masked_fill(unfilled, 0)
         path = "sdpa" if path == "auto" else path
         if path == "reference":
             q, k, v = widen(q), widen(k), widen(v)
