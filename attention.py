@@ -34,10 +34,11 @@ from kernels import absorbed_attention, causal_attention, causal_mask, kernel_is
 def compose_heads(components, weight):
     """Head-level linear composition (HLC): every head becomes a learned mix of all component heads.
 
-    out_h = sum_c weight[c, h] components_c   (2601.19611, eq. 10): (B, Hc, ..., D), (Hc, H) -> (B, H, ..., D).
-    The same mix at every position and of every feature, so it commutes with RoPE (eq. 13).
+    out_h = sum_c weight[c, h] components_c, einsum("b c t d, c h -> b h t d") (2601.19611, eq. 10):
+    (B, Hc, T, D), (Hc, H) -> (B, H, T, D). The same mix at every position and of every feature, so it commutes with
+    RoPE (eq. 13). Written as matmuls over (B, T), which move nothing in a projection's memory (B, T, Hc, D).
     """
-    return torch.einsum("bc...,ch->bh...", components, weight.to(components.dtype))
+    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,9 +267,9 @@ class TalkingHeads(Attention):
             q.size(2), k.size(2), positions
         )  # (1 or B, 1, T, S); made here so that it is recomputed, too
         logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
-        logits = mix_maps(logits, self.mix_logits)
+        logits = compose_heads(logits, self.mix_logits)  # the same mix of heads, of scores instead of keys
         logits = logits.masked_fill(~mask, -math.inf)  # after the mix: mixing -inf would give NaN
-        weights = mix_maps(logits.softmax(-1), self.mix_weights)
+        weights = compose_heads(logits.softmax(-1), self.mix_weights)
         return F.dropout(weights, self.drop) @ v
 
     def attend(self, x, q, k, v, positions):
@@ -287,12 +288,6 @@ class TalkingHeads(Attention):
             else:
                 outputs.append(self.attend_block(*operands))
         return torch.cat(outputs, dim=2)
-
-
-def mix_maps(maps, weight):
-    """`compose_heads` of attention maps (B, H, T, S) instead of keys, as a matmul per query, which is faster for
-    them."""
-    return (weight.to(maps.dtype).t() @ maps.transpose(1, 2)).transpose(1, 2)
 
 
 class MEA(Attention):

@@ -91,12 +91,12 @@ class TextStream:
 def main(argv=None):
     o, _ = parse_options(Options, argv)
     try:
+        set_kernel(o.kernel)
         check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
         prompt = read_prompt(o)
         model, tokenizer, start, stop = open_model(o.checkpoint, choose_device(o.device))
     except (ValueError, OSError) as error:
         fail(error)
-    set_kernel(o.kernel)
     if o.threads:
         torch.set_num_threads(o.threads)
     tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]

@@ -345,6 +345,7 @@ def open_run(o, given, held):
             raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     o.out_dir = str(out)
     choose_device(o.device)
+    set_kernel(o.kernel)
     config = build_config(o)  # the vocabulary comes with the data: check all the rest first
     if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists() and not o.resume:  # a run that goes on has its data
         say(f"preparing the default data set in {o.data_dir}")
@@ -402,8 +403,8 @@ def resumed_options(o, given, state, out):
     changes = {name: getattr(o, name) for name in given & CHANGEABLE} | dict(resume=True, overwrite=False)
     o = Options(**{**asdict(saved), **changes})
     if saved.schedule == "cosine" and o.max_steps > saved.max_steps and state["step"] >= saved.max_steps:
-        say(f"note: this run's cosine had ended; over {o.max_steps} steps the learning rate goes up again, to "
-            f"{learning_rate(o, state['step']):.2g}", end="\n")  # fmt: skip
+        again = f"over {o.max_steps} steps the learning rate goes up again, to {learning_rate(o, state['step']):.2g}"
+        say(f"note: this run's cosine had ended; {again}")
     return o
 
 
@@ -456,7 +457,6 @@ def train(o, config, dataset, state=None):
     step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
     step_flops = config.flops_per_token() * step_tokens / world_size  # of one process
     torch.manual_seed(o.seed)
-    set_kernel(o.kernel)
     model = GPT(config).to(device)
     model.activation_checkpointing = o.activation_checkpointing
     if state is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import model as gpt
 import sample
 import train
@@ -323,6 +324,7 @@ def refused(capsys, main, *options):
         (["--dropout", 1], "dropout must be"),
         (["--data_dir", "nowhere"], "no data set at nowhere"),
         (["--block_size", 10**6], "too few for block_size 1000000"),
+        (["--kernel", "fast"], "choose from"),
         (["--device", "quantum"], "device 'quantum' is not available"),
         (["--resume"], "no checkpoint at"),
         (["--resume", "--overwrite"], "give one of them"),
@@ -513,12 +515,16 @@ def test_sample_streams_from_standard_input(trained):
     assert done.returncode == 0 and done.stdout.startswith("norm ") and "4 tokens" in done.stderr
 
 
-def test_sample_refuses_what_it_cannot_use(tmp_path, data, capsys):
+def test_programs_refuse_what_they_cannot_use(tmp_path, data, capsys, monkeypatch):
     run("--out_dir", tmp_path / "r", "--max_steps", 2, data=data)
     capsys.readouterr()
     base = ["--checkpoint", tmp_path / "r"]
     assert "no checkpoint at" in refused(capsys, sample.main, "--checkpoint", tmp_path / "nowhere")
     assert "temperature" in refused(capsys, sample.main, *base, "--temperature", -1)
+    monkeypatch.setattr(kernels, "triton", None)
+    for main, where in ((sample.main, base), (train.main, ["--data_dir", data, "--out_dir", tmp_path / "new"])):
+        assert "kernel 'triton' cannot run here" in refused(capsys, main, *where, "--kernel", "triton")
+    assert not (tmp_path / "new").exists()
     assert "leave one out" in refused(capsys, sample.main, *base, "--prompt", "a", "--prompt_file", "b")
     assert "No such file" in refused(capsys, sample.main, *base, "--prompt_file", tmp_path / "b")
     (tmp_path / "r" / "tokenizer.json").write_text("{}")
