@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import sys
 from dataclasses import field, fields
 from pathlib import Path
@@ -65,6 +66,14 @@ def parse_options(cls, argv=None, presets=None):
         fail(error)
 
 
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
 def check_options(options):
     """`options`, a dataclass. Raises ValueError, naming field, value and what would do, for a value of another type
     than declared, a number that is not finite or beyond 64 bits, or one outside the declared choices or bounds.
@@ -79,21 +88,12 @@ def check_options(options):
             raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value[:60]!r}")
         if type(value) not in (int, float):
             continue
-        bounds = [
-            *([f"at least {limits['least']}"] if limits.get("least") is not None else []),
-            *([f"above {limits['above']}"] if limits.get("above") is not None else []),
-            *([f"at most {limits['most']}"] if limits.get("most") is not None else []),
-            *([f"below {limits['below']}"] if limits.get("below") is not None else []),
-        ]
-        inside = (
-            (limits.get("least") is None or value >= limits["least"])
-            and (limits.get("above") is None or value > limits["above"])
-            and (limits.get("most") is None or value <= limits["most"])
-            and (limits.get("below") is None or value < limits["below"])
-        )
+        bounds = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
+        inside = all(BOUNDS[name][1](value, limit) for name, limit in bounds.items())
         if not inside or not math.isfinite(value) or abs(value) >= 2**63:
+            wanted = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in bounds.items()) or "a finite number"
             shown = value if abs(value) < 2**63 or type(value) is float else f"a number of {value.bit_length()} bits"
-            raise ValueError(f"{f.name} must be {' and '.join(bounds) or 'a finite number'}, not {shown}")
+            raise ValueError(f"{f.name} must be {wanted}, not {shown}")
     return options
 
 
