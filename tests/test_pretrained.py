@@ -225,6 +225,20 @@ def test_tensors_that_do_not_fit_are_named(llama, tmp_path):
             from_pretrained(changed(llama, tmp_path, weights))
 
 
+def test_a_tied_model_that_stores_a_head_is_what_transformers_makes_of_it(llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    whole = load_file(llama / "model.safetensors")
+    same = {**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}
+    for weights in (same, whole):  # the second one stores another head than the embedding
+        folder = changed(llama, tmp_path, weights, tie_word_embeddings=True)
+        try:
+            ours = from_pretrained(folder)
+        except ValueError as error:  # in one line, never another model
+            assert "\n" not in str(error) and weights is whole
+        else:
+            assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
 def test_folders_that_are_not_whole_are_refused(llama, tmp_path):
     folder = tmp_path / "f"
     refusals = lambda error, words: pytest.raises(error, match=words)
