@@ -401,7 +401,7 @@ class MEA(Attention):
             raise ValueError(f"{why}: they do not fold into one")
 
         def fold(rows, w):  # (Hc*D, any), (Hc, H) -> (H*D, any)
-            return torch.einsum("cdm,ch->hdm", rows.view(len(w), self.head_dim, -1), w).flatten(0, 1)
+            return (w.t() @ rows.view(len(w), -1)).view(self.n_head * self.head_dim, -1)
 
         return tuple(
             (fold(projection.weight, w), None if projection.bias is None else fold(projection.bias, w).view(-1))

@@ -24,11 +24,11 @@ prepares it. Scores are kept in units of log 2: the hardware has exp2, not exp.
 
     triton      the kernels below, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
     sdpa        torch's fused attention
-    blocks      `BlockAttention`: blocks of queries in plain matmuls, the kernels' loop in ten lines of PyTorch a pass;
-                on a CPU often faster than torch's (--time). Read it before the kernels.
+    blocks      `BlockAttention`: blocks of queries in plain matmuls, the kernels' loop in ten lines of PyTorch a pass.
+                Read it before the kernels.
     reference   the formula
-    auto        what `set_kernel` says, by default torch's fused attention: neither the Triton kernels on a GPU nor
-                the losses of whole runs in blocks have been measured yet
+    auto        blocks where they were faster on a CPU (`blocks_are_faster`), otherwise torch's fused attention; never
+                triton, whose kernels have not been timed on a GPU
 
 Read next: attention.py; experiments/aot.py compiles the kernels for GPUs that need not be here.
 
@@ -659,7 +659,7 @@ def _backward(ctx, grad_out, *_):
 flash.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# ---- norm and composition -------------------------------------------------------------------------------------------
+# ---- norm, composition, loss ----------------------------------------------------------------------------------------
 
 
 def rms_norm(x, weight, eps):
@@ -677,19 +677,19 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(length.square() / x.size(-1) + eps).to(x.dtype)
+        wide = widen(x)
+        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return x * inverse * weight.to(x.dtype)
+        return (wide * inverse * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
-        unit = x * inverse
-        grad_weight = (grad * unit).to(weight.dtype).sum_to_size(weight.shape)
-        grad = grad * weight.to(x.dtype)
+        unit, grad = widen(x) * inverse, widen(grad)
+        grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
+        grad = grad * weight
         along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
-        return torch.addcmul(grad, unit, along, value=-1) * inverse, grad_weight, None
+        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
 
 
 def compose_heads(components, weight):
@@ -698,6 +698,47 @@ def compose_heads(components, weight):
     As matmuls over (B, T), which move nothing in a (B, T, Hc, D) projection.
     """
     return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
+
+    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
+    """
+    x, weight = autocast_inputs(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.cross_entropy(widen(F.linear(x, weight)), targets)
+        return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits, (softmax - one-hot) / N, is known as soon as the loss is: dX and dW are made at once.
+
+    Adding dW piece by piece in float32 also rounds less than one product in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, save):
+        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
+        loss = dw.new_zeros(())
+        for rows, wanted, grad in zip(*(part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))):
+            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
+            loss -= log_p.gather(-1, wanted).sum()
+            if save:
+                difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
+                torch.mm(difference, weight, out=grad)
+                dw += difference.mT @ rows
+        ctx.save_for_backward(*((dx, dw) if save else ()))
+        ctx.N = len(x)
+        return loss / ctx.N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        grad = grad / ctx.N
+        return dx * grad, (dw * grad).to(dx.dtype), None, None
 
 
 # ---- attention in blocks of queries ---------------------------------------------------------------------------------
@@ -791,6 +832,15 @@ def dropout_masks(seed, dropout, device):
 
 def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blocks_are_faster(q, k, v, positions):
+    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`): training on a CPU, in
+    windows short enough to keep the weights and with enough scores to fill the machine."""
+    (B, H, T, _), S = q.shape, k.size(2)
+    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
+        return False
+    return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
 
 
 def block_attention(q, k, v, positions, dropout, scale):
@@ -923,7 +973,7 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
     if q.size(1) % k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
         raise ValueError(f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if path == "auto":
-        path = "sdpa"
+        path = "blocks" if blocks_are_faster(q, k, v, positions) else "sdpa"
     attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, positions, dropout, q.size(-1) ** -0.5 if scale is None else scale)

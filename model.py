@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, RMSNorm, rope_table
+from kernels import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -306,12 +307,12 @@ class GPT(nn.Module):
         """tokens (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, mean cross-entropy in nats per
         token).
 
-        With targets there are no logits to return: where PyTorch can, it never holds them whole (see `token_loss`).
+        With targets there are no logits to return: on a CPU they are never held whole (see `linear_cross_entropy`).
         """
         x = self.hidden(tokens, cache)
         if targets is None:
             return self.lm_head(x), None
-        return None, token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.inference_mode()
     def generate(
@@ -393,20 +394,6 @@ class GPT(nn.Module):
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
-
-
-def token_loss(x, weight, targets):
-    """Mean cross-entropy, in nats, of logits x @ weight^T: x (N, C), weight (V, C), targets (N)."""
-    # torch 2.13 can compute the N x V logits in pieces; in bfloat16 it would round the loss, compiled it would break
-    # the graph
-    pieces = (
-        hasattr(F, "linear_cross_entropy")
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-    )
-    if pieces:
-        return F.linear_cross_entropy(x, weight, targets, options=nn.LinearCrossEntropyOptions())
-    return F.cross_entropy(F.linear(x, weight).float(), targets)
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p):

@@ -33,7 +33,7 @@ class Options:
     no_cache: bool = option(
         False, "compute every token from the whole context: slow, and the same text at temperature 0"
     )
-    kernel: str = option("auto", "path of the attention (see kernels.py); auto is that of torch", PATHS)
+    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 

@@ -115,7 +115,7 @@ class Options(GPTConfig):
         "of matrix products (weights stay float32); auto takes bfloat16 where the device has it",
         ["auto", "float32", "bfloat16"],
     )
-    kernel: str = option("auto", "path of the attention (see kernels.py); auto is that of torch", PATHS)
+    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
     parallel: str = option(
         "ddp",
         "under torchrun, each process holds the whole model (ddp) or a part of everything (fsdp)",

@@ -14,7 +14,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import kernels
 from experiments import aot
-from kernels import absorbed_attention, causal_attention, compose_heads, mea_attention, mea_decode, rms_norm
+from kernels import (
+    absorbed_attention,
+    causal_attention,
+    compose_heads,
+    linear_cross_entropy,
+    mea_attention,
+    mea_decode,
+    rms_norm,
+)
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -414,6 +422,57 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
 
 
 # ---- dispatch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N, C, V", [(1, 3, 2), (37, 5, 11), (600, 8, 2000)])
+def test_the_loss_in_pieces_and_its_gradients_equal_cross_entropy(N, C, V, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 16 * V)  # pieces of 16 rows
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(N, C).double(), torch.randn(V, C).double(), torch.randint(V, (N,))
+    x[0] *= 1e3  # logits of thousands
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    exact = torch.nn.functional.cross_entropy(x @ weight.T, targets)
+    loss = linear_cross_entropy(x, weight, targets)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-12)
+    for got, wanted in zip(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * exact, inputs)):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets).item() == loss.item()
+
+
+def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3000, 32), torch.randn(700, 32), torch.randint(700, (3000,))
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+
+    def gradients(function, dtype):
+        return torch.autograd.grad(function(x.to(dtype), weight.to(dtype), targets), inputs)
+
+    plain = lambda x, weight, targets: torch.nn.functional.cross_entropy((x @ weight.T).float(), targets)
+    exact = gradients(lambda *inputs: torch.nn.functional.cross_entropy(inputs[0] @ inputs[1].T, targets), torch.double)
+    ours, theirs = gradients(linear_cross_entropy, torch.bfloat16), gradients(plain, torch.bfloat16)
+    for got, other, wanted in zip(ours, theirs, exact):
+        assert relative_error(got, wanted) < 1.05 * relative_error(other, wanted)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="blocks are a CPU's")
+def test_auto_takes_blocks_where_they_are_faster(monkeypatch):
+    taken = []
+    monkeypatch.setattr(kernels, "block_attention", lambda *_: taken.append("blocks"))
+    monkeypatch.setattr(kernels, "fused_attention", lambda *_: taken.append("sdpa"))
+
+    def path(T, dtype, B=16, grad=True, positions=None, S=None):
+        q = torch.empty(B, 8, T, 16, dtype=dtype, requires_grad=grad)
+        k = torch.empty(B, 8, S or T, 16, dtype=dtype)
+        causal_attention(q, k, k, positions)
+        return taken.pop()
+
+    assert path(512, torch.bfloat16) == path(128, torch.bfloat16) == path(512, torch.float32) == "blocks"
+    assert path(1024, torch.bfloat16) == path(256, torch.float32) == "sdpa"  # slower there
+    assert path(512, torch.bfloat16, grad=False) == path(64, torch.bfloat16, B=1) == "sdpa"
+    assert path(512, torch.bfloat16, positions=torch.zeros(16, 512).long()) == "sdpa"
+    monkeypatch.setattr(kernels, "_kernel", "sdpa")
+    assert path(512, torch.bfloat16) == "sdpa"
 
 
 def test_auto_is_what_set_kernel_says_and_falls_back_aloud(caplog, monkeypatch):
