@@ -8,6 +8,7 @@ Times are measured where they can be: no roofline is a measurement.
 
     python experiments/bench.py                     # training, decoding, memory: a table, JSON and a picture in minutes
     python experiments/bench.py --training --nanogpt ../nanoGPT --dtype float32
+    python experiments/bench.py --minutes --nanogpt ../nanoGPT --threads 1      # loss against minutes (minutes.py)
     python experiments/bench.py --decoding
     python experiments/bench.py --memory            # peak memory of a training step against the sequence's length
     python experiments/bench.py --kernels           # rooflines, timings on this machine; without a GPU compiled loops
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 
 import kernels
 import train
+from experiments import minutes
 from experiments.aot import TARGETS, compile_ahead, record_launches
 from experiments.report import command, machine, save_picture, table
 from kernels import mea_attention, mea_decode, rms_norm
@@ -536,9 +538,10 @@ class Options:
     training: bool = option(False, "a training step of every variant, as a ratio to MHA")
     decoding: bool = option(False, "decoded tokens per second against the context: cached, uncached, compressed")
     memory: bool = option(False, "peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
+    minutes: bool = option(False, "validation loss of whole runs against minutes, beside --nanogpt's (half an hour)")
     kernels: bool = option(False, "rooflines and timings of attention; on a CPU the loops compiled for sm_90 as well")
     aot: str = option("", "NVIDIA targets (sm_80,sm_90) to compile for: count what the loops do")
-    nanogpt: str = option("", "a checkout of nanoGPT, whose model --training measures beside ours (on the CPU)")
+    nanogpt: str = option("", "a checkout of nanoGPT, which --training and --minutes measure beside ours (on the CPU)")
     dtype: str = option("auto", "of --training, as train.py's", ["auto", "float32", "bfloat16"])
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
     results: str = option("experiments/results/bench", "name of the .json, .md and .png to write")
@@ -547,7 +550,7 @@ class Options:
 def main(argv=None):
     o, _ = parse_options(Options, argv)
     chosen = [name for name in ("training", "decoding", "memory") if getattr(o, name)]
-    if not (chosen or o.kernels or o.aot):
+    if not (chosen or o.kernels or o.aot or o.minutes):
         chosen = ["training", "decoding", "memory"]
     device = choose_device()
     dtype = choose_dtype(o.dtype, device)
@@ -555,8 +558,10 @@ def main(argv=None):
         torch.set_num_threads(o.threads)
     compiles = kernels.triton is not None and not kernels.triton.knobs.runtime.interpret
     targets = o.aot.split(",") if o.aot else ["sm_90"] if o.kernels and device.type == "cpu" and compiles else []
-    if o.nanogpt and "training" not in chosen:
-        fail("--nanogpt is measured by --training: give that too")
+    if o.nanogpt and not ("training" in chosen or o.minutes):
+        fail("--nanogpt is measured by --training and --minutes: give one of them too")
+    if o.minutes and not o.nanogpt:
+        fail("--minutes is beside nanoGPT: say where its checkout is with --nanogpt")
     if o.nanogpt and not (device.type == "cpu" and (Path(o.nanogpt) / "model.py").is_file()):
         fail(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {o.nanogpt} on {device}")
     if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
@@ -571,6 +576,13 @@ def main(argv=None):
         print_loop_counts(targets)
     if o.kernels:
         time_kernels()
+    if o.minutes:
+        try:
+            minutes.measure(
+                o.nanogpt, torch.get_num_threads(), ROOT / "experiments/results/minutes", command("bench.py", argv)
+            )
+        except ValueError as error:
+            fail(error)
     if chosen:
         measure(o, chosen, device, dtype, command("bench.py", argv))
 
