@@ -41,7 +41,6 @@ import functools
 import logging
 import statistics
 import time
-from types import SimpleNamespace
 from typing import Optional
 
 import torch
@@ -51,20 +50,23 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 
     jit = triton.jit
 except ImportError:  # no Triton on this machine: the kernels below are then plain functions that nothing calls
-    triton, tl, jit = None, SimpleNamespace(constexpr=int), lambda function: function
+    triton, tl, constexpr, jit = None, None, int, lambda function: function
 
 log = logging.getLogger(__name__)
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
-# Tensors are (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D up to a power of two.
+# Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
+# up to a power of two.
 
 
 @jit
-def load_tile(tensor, b, h, start, strides, T, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def load_tile(heads, b, h, start, T, D: constexpr, BLOCK: constexpr, WIDTH: constexpr):
     """Rows start .. start + BLOCK. Past T they repeat the last row, which costs less than a mask; callers hide them."""
+    tensor, strides = heads
     rows, columns = tl.minimum(tl.arange(0, BLOCK), T - 1 - start)[:, None], tl.arange(0, WIDTH)[None, :]
     # The first row may be more than 2^31 elements away; the offsets from there stay 32-bit, which saves registers.
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
@@ -75,7 +77,8 @@ def load_tile(tensor, b, h, start, strides, T, D: tl.constexpr, BLOCK: tl.conste
 
 
 @jit
-def store_tile(tensor, b, h, start, strides, T, D: tl.constexpr, tile):
+def store_tile(heads, b, h, start, T, D: constexpr, tile):
+    tensor, strides = heads
     rows, columns = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
     tl.store(
@@ -84,48 +87,31 @@ def store_tile(tensor, b, h, start, strides, T, D: tl.constexpr, tile):
 
 
 @jit
-def load_gain(gain, h, D: tl.constexpr, WIDTH: tl.constexpr):
+def load_gain(gain, h, D: constexpr, WIDTH: constexpr):
     return tl.load(gain + h * D + tl.arange(0, WIDTH), mask=tl.arange(0, WIDTH) < D, other=0.0)
 
 
 # ---- prefill --------------------------------------------------------------------------------------------------------
 # `BlockAttention` is the same in PyTorch. One program per (block of rows, batch row x head). Loops over the other axis
 # come in pairs that tl.static_range unrolls: whole blocks, and blocks that the diagonal crosses, which alone pay for
-# the causal mask. `strides` are those of all the outputs.
+# the causal mask.
 
 
 @jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    gain,
-    out,
-    pre_norm,
-    log_sum_exp,
-    q_strides,
-    k_strides,
-    v_strides,
-    strides,
-    H,
-    T,
-    eps,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, gain, out, pre_norm, lse, H, T, eps, D: constexpr, WIDTH: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr
 ):
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last rows have the most keys: start them first
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
-    scale: tl.constexpr = D**-0.5 * 1.4426950408889634  # log2(e) / sqrt(D)
-    q_tile = load_tile(q, b, h, first, q_strides, T, D, BLOCK_M, WIDTH)
+    scale: constexpr = D**-0.5 * 1.4426950408889634  # log2(e) / sqrt(D)
+    q_tile = load_tile(q, b, h, first, T, D, BLOCK_M, WIDTH)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for DIAGONAL in tl.static_range(2):
         for start in range(first * DIAGONAL, tl.minimum(first + BLOCK_M * DIAGONAL, T), BLOCK_N):
-            k_tile = load_tile(k, b, h, start, k_strides, T, D, BLOCK_N, WIDTH)
+            k_tile = load_tile(k, b, h, start, T, D, BLOCK_N, WIDTH)
             scores = tl.dot(q_tile, tl.trans(k_tile))  # (BLOCK_M, BLOCK_N)
             if DIAGONAL:  # hides the keys past T too, from every row below T
                 scores = tl.where(rows[:, None] >= start + tl.arange(0, BLOCK_N)[None, :], scores, float("-inf"))
@@ -133,34 +119,21 @@ def forward_kernel(
             p = tl.exp2(scores * scale - new_max[:, None])
             correction = tl.exp2(row_max - new_max)
             row_sum = row_sum * correction + tl.sum(p, 1)
-            v_tile = load_tile(v, b, h, start, v_strides, T, D, BLOCK_N, WIDTH)
+            v_tile = load_tile(v, b, h, start, T, D, BLOCK_N, WIDTH)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])
             row_max = new_max
     acc = acc / row_sum[:, None]
-    tl.store(log_sum_exp + head * T + rows, row_max + tl.log2(row_sum), mask=rows < T)
+    tl.store(lse + head * T + rows, row_max + tl.log2(row_sum), mask=rows < T)
     if pre_norm is not None:
-        store_tile(pre_norm, b, h, first, strides, T, D, acc)
+        store_tile(pre_norm, b, h, first, T, D, acc)
     if gain is not None:  # y = x / sqrt(mean(x^2) + eps) * gain
         acc = acc * tl.rsqrt(tl.sum(acc * acc, 1) / D + eps)[:, None] * load_gain(gain, h, D, WIDTH)[None, :]
-    store_tile(out, b, h, first, strides, T, D, acc)
+    store_tile(out, b, h, first, T, D, acc)
 
 
 @jit
 def backward_prepare_kernel(
-    pre_norm,
-    grad_out,
-    gain,
-    grad,
-    delta,
-    grad_gain,
-    grad_out_strides,
-    strides,
-    H,
-    T,
-    eps,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    pre_norm, grad_out, gain, grad, delta, grad_gain, H, T, eps, D: constexpr, WIDTH: constexpr, BLOCK_M: constexpr
 ):
     """The gradient in front of the norm, and delta = rowsum(gradient * output), which the softmax's gradient subtracts.
 
@@ -169,8 +142,8 @@ def backward_prepare_kernel(
     """
     first, head = tl.program_id(0) * BLOCK_M, tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
-    x = load_tile(pre_norm, b, h, first, strides, T, D, BLOCK_M, WIDTH).to(tl.float32)
-    g = load_tile(grad_out, b, h, first, grad_out_strides, T, D, BLOCK_M, WIDTH).to(tl.float32)
+    x = load_tile(pre_norm, b, h, first, T, D, BLOCK_M, WIDTH).to(tl.float32)
+    g = load_tile(grad_out, b, h, first, T, D, BLOCK_M, WIDTH).to(tl.float32)
     if gain is not None:
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         normed, columns = x * inverse_rms, tl.arange(0, WIDTH)
@@ -179,41 +152,23 @@ def backward_prepare_kernel(
         tl.store(grad_gain + partial, tl.sum(tl.where(rows[:, None] < T, g * normed, 0.0), 0), mask=columns < D)
         g *= load_gain(gain, h, D, WIDTH)[None, :]
         g = inverse_rms * (g - normed * (tl.sum(normed * g, 1) / D)[:, None])
-        g = g.to(grad.dtype.element_ty)
-        store_tile(grad, b, h, first, strides, T, D, g)
+        g = g.to(grad[0].dtype.element_ty)
+        store_tile(grad, b, h, first, T, D, g)
     # From the rounded gradient, the one that the next kernels read: only so do the rows of ds sum to zero.
     tl.store(delta + head * T + rows, tl.sum(g.to(tl.float32) * x, 1), mask=rows < T)
 
 
 @jit
 def backward_dkdv_kernel(
-    q,
-    k,
-    v,
-    grad,
-    log_sum_exp,
-    delta,
-    dk,
-    dv,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_strides,
-    strides,
-    H,
-    T,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, grad, lse, delta, dk, dv, H, T, D: constexpr, WIDTH: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr
 ):
     """A block of keys against all queries from its first key on. Scores are transposed: products take p^T and ds^T."""
     first, head = tl.program_id(0) * BLOCK_N, tl.cast(tl.program_id(1), tl.int64)
     b, h, keys = head // H, head % H, first + tl.arange(0, BLOCK_N)
-    scale: tl.constexpr = D**-0.5
+    scale: constexpr = D**-0.5
     tl.static_assert(BLOCK_N % BLOCK_M == 0)
-    k_tile = load_tile(k, b, h, first, k_strides, T, D, BLOCK_N, WIDTH)
-    v_tile = load_tile(v, b, h, first, v_strides, T, D, BLOCK_N, WIDTH)
+    k_tile = load_tile(k, b, h, first, T, D, BLOCK_N, WIDTH)
+    v_tile = load_tile(v, b, h, first, T, D, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for DIAGONAL in tl.static_range(1, -1, -1):
@@ -221,63 +176,46 @@ def backward_dkdv_kernel(
             first + BLOCK_N * (1 - DIAGONAL), tl.minimum(first + BLOCK_N, T) if DIAGONAL else T, BLOCK_M
         ):
             rows = start + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q, b, h, start, q_strides, T, D, BLOCK_M, WIDTH)
-            lse = tl.load(log_sum_exp + head * T + rows, mask=rows < T, other=float("inf"))  # so p = 0 past T
+            q_tile = load_tile(q, b, h, start, T, D, BLOCK_M, WIDTH)
+            row_lse = tl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))  # so p = 0 past T
             p = tl.exp2(
-                tl.dot(k_tile, tl.trans(q_tile)) * (scale * 1.4426950408889634) - lse[None, :]
+                tl.dot(k_tile, tl.trans(q_tile)) * (scale * 1.4426950408889634) - row_lse[None, :]
             )  # (BLOCK_N, BLOCK_M)
             if DIAGONAL:
                 p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
-            grad_tile = load_tile(grad, b, h, start, grad_strides, T, D, BLOCK_M, WIDTH)
+            grad_tile = load_tile(grad, b, h, start, T, D, BLOCK_M, WIDTH)
             dv_acc = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_acc)
             row_delta = tl.load(delta + head * T + rows, mask=rows < T, other=0.0)
             ds = p * (tl.dot(v_tile, tl.trans(grad_tile)) - row_delta[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc)
-    store_tile(dk, b, h, first, strides, T, D, dk_acc * scale)
-    store_tile(dv, b, h, first, strides, T, D, dv_acc)
+    store_tile(dk, b, h, first, T, D, dk_acc * scale)
+    store_tile(dv, b, h, first, T, D, dv_acc)
 
 
 @jit
 def backward_dq_kernel(
-    q,
-    k,
-    v,
-    grad,
-    log_sum_exp,
-    delta,
-    dq,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_strides,
-    strides,
-    H,
-    T,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, grad, lse, delta, dq, H, T, D: constexpr, WIDTH: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr
 ):
     """A block of queries against all keys up to its last row: the forward pass again, p from the saved log-sum-exp."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
-    scale: tl.constexpr = D**-0.5
-    q_tile = load_tile(q, b, h, first, q_strides, T, D, BLOCK_M, WIDTH)
-    grad_tile = load_tile(grad, b, h, first, grad_strides, T, D, BLOCK_M, WIDTH)
-    lse = tl.load(log_sum_exp + head * T + rows, mask=rows < T, other=float("inf"))[:, None]
+    scale: constexpr = D**-0.5
+    q_tile = load_tile(q, b, h, first, T, D, BLOCK_M, WIDTH)
+    grad_tile = load_tile(grad, b, h, first, T, D, BLOCK_M, WIDTH)
+    row_lse = tl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))[:, None]
     row_delta = tl.load(delta + head * T + rows, mask=rows < T, other=0.0)[:, None]
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for DIAGONAL in tl.static_range(2):
         for start in range(first * DIAGONAL, tl.minimum(first + BLOCK_M * DIAGONAL, T), BLOCK_N):
-            k_tile = load_tile(k, b, h, start, k_strides, T, D, BLOCK_N, WIDTH)
-            v_tile = load_tile(v, b, h, start, v_strides, T, D, BLOCK_N, WIDTH)
-            p = tl.exp2(tl.dot(q_tile, tl.trans(k_tile)) * (scale * 1.4426950408889634) - lse)  # (BLOCK_M, BLOCK_N)
+            k_tile = load_tile(k, b, h, start, T, D, BLOCK_N, WIDTH)
+            v_tile = load_tile(v, b, h, start, T, D, BLOCK_N, WIDTH)
+            p = tl.exp2(tl.dot(q_tile, tl.trans(k_tile)) * (scale * 1.4426950408889634) - row_lse)  # (BLOCK_M, BLOCK_N)
             if DIAGONAL:
                 p = tl.where(rows[:, None] >= start + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
             ds = p * (tl.dot(grad_tile, tl.trans(v_tile)) - row_delta)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc)
-    store_tile(dq, b, h, first, strides, T, D, acc * scale)
+    store_tile(dq, b, h, first, T, D, acc * scale)
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
@@ -294,20 +232,17 @@ def decode_kernel(
     compose_k,
     lengths,
     partial,
-    log_sum_exp,
-    q_strides,
-    k_strides,
-    v_strides,
+    lse,
     H,
     S,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    D: constexpr,
+    WIDTH: constexpr,
+    HEADS: constexpr,
+    KEYS: constexpr,
+    VALUES: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_V: constexpr,
+    BLOCK_S: constexpr,
 ):
     """HEADS queries against a part of the keys of KEYS and VALUES components. partial: (B, splits, H, VALUES, D)."""
     split, splits, b = tl.program_id(0), tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
@@ -316,19 +251,20 @@ def decode_kernel(
     if split * chunk >= length:
         return
     first_head, heads = tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + tl.arange(0, BLOCK_H)
-    first_component = 0 if compose_k is not None else first_head
+    first_component, v_strides = 0 if compose_k is not None else first_head, v[1]
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
     component, column = lanes // WIDTH, lanes % WIDTH
-    scale: tl.constexpr = D**-0.5 * 1.4426950408889634
+    scale: constexpr = D**-0.5 * 1.4426950408889634
     # The heads of the one new position are the rows of this tile; surplus rows repeat the last head and are not stored.
-    q_tile = load_tile(q, b, 0, first_head, (q_strides[0], 0, q_strides[1], q_strides[3]), H, D, BLOCK_H, WIDTH)
+    rows_are_heads = q[1][0], 0, q[1][1], q[1][3]
+    q_tile = load_tile((q[0], rows_are_heads), b, 0, first_head, H, D, BLOCK_H, WIDTH)
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_V * WIDTH], tl.float32)
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, length), BLOCK_S):
         scores = tl.zeros([BLOCK_H, BLOCK_S], tl.float32)
         for c in tl.static_range(KEYS):  # sum_c compose_k[c, h] (q_h . K_c[s])
-            k_tile = load_tile(k, b, first_component + c, start, k_strides, length, D, BLOCK_S, WIDTH)
+            k_tile = load_tile(k, b, first_component + c, start, length, D, BLOCK_S, WIDTH)
             dots = tl.dot(q_tile, tl.trans(k_tile))
             if compose_k is not None:
                 dots *= tl.load(compose_k + c * H + heads, mask=heads < H, other=0.0).to(tl.float32)[:, None]
@@ -338,7 +274,7 @@ def decode_kernel(
         p = tl.exp2(scores - new_max[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(p, 1)
-        v_rows = v + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+        v_rows = v[0] + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
         v_tile = tl.load(
             v_rows + (component * v_strides[1] + column * v_strides[3])[None, :],
@@ -348,7 +284,7 @@ def decode_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])  # sum_s p[h, s] V_c[s], for all c
         row_max = new_max
     row, live = (b * splits + split) * H + heads, (heads < first_head + HEADS) & (heads < H)
-    tl.store(log_sum_exp + row, row_max + tl.log2(row_sum), mask=live)
+    tl.store(lse + row, row_max + tl.log2(row_sum), mask=live)
     tl.store(
         partial + row[:, None] * (VALUES * D) + (component * D + column)[None, :],
         acc / row_sum[:, None],
@@ -359,7 +295,7 @@ def decode_kernel(
 @jit
 def combine_kernel(
     partial,
-    log_sum_exp,
+    lse,
     compose_v,
     gain,
     lengths,
@@ -367,11 +303,11 @@ def combine_kernel(
     H,
     S,
     eps,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    D: constexpr,
+    WIDTH: constexpr,
+    VALUES: constexpr,
+    SPLITS: constexpr,
+    BLOCK_S: constexpr,
 ):
     """One head: the splits weighted by their share of the softmax, then the value composition, then the norm."""
     h, b = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
@@ -381,8 +317,8 @@ def combine_kernel(
         splits * tl.cdiv(tl.cdiv(length, BLOCK_S), SPLITS) * BLOCK_S < length
     )  # the others had no keys and wrote nothing
     row = (b * SPLITS + splits) * H + h
-    lse = tl.load(log_sum_exp + row, mask=live, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
+    split_lse = tl.load(lse + row, mask=live, other=float("-inf"))
+    weights = tl.exp2(split_lse - tl.max(split_lse, 0))
     weights = weights / tl.sum(weights, 0)
     acc = tl.zeros([WIDTH], tl.float32)
     for c in tl.static_range(VALUES):
@@ -402,9 +338,9 @@ def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
 
 
-def launch(kernel, grid, *arguments, **options):
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options)
+def launch(kernel, grid, first, *others, **options):
+    with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        kernel[grid](first, *others, **options)
 
 
 @functools.cache
@@ -445,6 +381,11 @@ def contiguous(x):
     return None if x is None else x.contiguous()
 
 
+def strided(x):
+    """Heads as the kernels take them, or None."""
+    return None if x is None else (x, x.stride())
+
+
 def empty_like_heads(q):
     """(B, H, T, D) whose memory is (B, T, H, D): joining the heads for the output projection is then a view."""
     B, H, T, D = q.shape
@@ -459,26 +400,9 @@ def flash_forward(
     gain = contiguous(gain)
     out, log_sum_exp = empty_like_heads(q), q.new_empty(B, H, T, dtype=torch.float32)
     pre_norm = empty_like_heads(q) if save and gain is not None else None
-    options = tile_options(forward_kernel, q)
-    launch(
-        forward_kernel,
-        (triton.cdiv(T, options["BLOCK_M"]), B * H),
-        q,
-        k,
-        v,
-        gain,
-        out,
-        pre_norm,
-        log_sum_exp,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        H,
-        T,
-        eps,
-        **options,
-    )
+    options, inputs = tile_options(forward_kernel, q), map(strided, (q, k, v))
+    grid = triton.cdiv(T, options["BLOCK_M"]), B * H
+    launch(forward_kernel, grid, *inputs, gain, strided(out), strided(pre_norm), log_sum_exp, H, T, eps, **options)
     return out, q.new_empty(0) if pre_norm is None else pre_norm, log_sum_exp
 
 
@@ -500,32 +424,15 @@ def flash_backward(
     options = dict(D=D, WIDTH=tile_options(forward_kernel, q)["WIDTH"], BLOCK_M=32)
     blocks = triton.cdiv(T, options["BLOCK_M"])
     grad_gain = q.new_empty(B, blocks, H, D, dtype=torch.float32) if gain is not None else None
+    heads = map(strided, (pre_norm, grad_out))
     launch(
-        backward_prepare_kernel,
-        (blocks, B * H),
-        pre_norm,
-        grad_out,
-        gain,
-        grad,
-        delta,
-        grad_gain,
-        grad_out.stride(),
-        dq.stride(),
-        H,
-        T,
-        eps,
-        **options,
+        backward_prepare_kernel, (blocks, B * H), *heads, gain, strided(grad), delta, grad_gain, H, T, eps, **options
     )
-    inputs, strides = (
-        (q, k, v, grad, log_sum_exp, delta),
-        (q.stride(), k.stride(), v.stride(), grad.stride(), dq.stride()),
-    )
-    options = tile_options(backward_dkdv_kernel, q)
-    launch(
-        backward_dkdv_kernel, (triton.cdiv(T, options["BLOCK_N"]), B * H), *inputs, dk, dv, *strides, H, T, **options
-    )
-    options = tile_options(backward_dq_kernel, q)
-    launch(backward_dq_kernel, (triton.cdiv(T, options["BLOCK_M"]), B * H), *inputs, dq, *strides, H, T, **options)
+    inputs = *map(strided, (q, k, v, grad)), log_sum_exp, delta
+    for kernel, outputs, block in ((backward_dkdv_kernel, (dk, dv), "BLOCK_N"), (backward_dq_kernel, (dq,), "BLOCK_M")):
+        options = tile_options(kernel, q)
+        grid = triton.cdiv(T, options[block]), B * H
+        launch(kernel, grid, *inputs, *map(strided, outputs), H, T, **options)
     return dq, dk, dv, q.new_empty(0) if gain is None else grad_gain.sum((0, 1)).to(gain.dtype)
 
 
@@ -578,42 +485,10 @@ def decode_forward(
     splits = next_power_of_2(max(1, min(128, 2 * device_limits(q.device)[1] // (B * blocks), triton.cdiv(S, keys))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
-    launch(
-        decode_kernel,
-        (splits, blocks, B),
-        q,
-        k,
-        v,
-        compose_k,
-        lengths,
-        partial,
-        log_sum_exp,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        H,
-        S,
-        **options,
-    )
-    launch(
-        combine_kernel,
-        (H, B),
-        partial,
-        log_sum_exp,
-        compose_v,
-        gain,
-        lengths,
-        out,
-        H,
-        S,
-        eps,
-        D=D,
-        WIDTH=options["WIDTH"],
-        VALUES=options["VALUES"],
-        SPLITS=splits,
-        BLOCK_S=keys,
-        num_warps=8,
-    )
+    heads = map(strided, (q, k, v))
+    launch(decode_kernel, (splits, blocks, B), *heads, compose_k, lengths, partial, log_sum_exp, H, S, **options)
+    options = dict(D=D, WIDTH=options["WIDTH"], VALUES=options["VALUES"], SPLITS=splits, BLOCK_S=keys, num_warps=8)
+    launch(combine_kernel, (H, B), partial, log_sum_exp, compose_v, gain, lengths, out, H, S, eps, **options)
     return out
 
 

@@ -347,8 +347,9 @@ def bench_training(device, dtype, nanogpt="", rounds=15):
         pairs[name] = model.to(device), torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     if nanogpt:
         pairs["nanoGPT"] = load_nanogpt(nanogpt, shape)
+        pairs["nanoGPT, float32"] = load_nanogpt(nanogpt, shape)  # as its train.py comes: no autocast on a CPU
 
-    def job(model, optimizer):
+    def job(model, optimizer, dtype):
         def step():
             began = time.perf_counter()
             with autocast(device, dtype):
@@ -366,9 +367,11 @@ def bench_training(device, dtype, nanogpt="", rounds=15):
 
         return step
 
-    taken = in_turns({name: job(*pair) for name, pair in pairs.items()}, rounds)
+    precision = lambda name: torch.float32 if name.endswith("float32") else dtype
+    taken = in_turns({name: job(*pair, precision(name)) for name, pair in pairs.items()}, rounds)
     compared = {name: [base] for name, (_, base) in VARIANTS.items()}
-    compared |= {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"]}
+    compared |= {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"], "nanoGPT, float32": ["mha", "mea"]}
+    compared["mea"] += ["mha"]
     for i, section in enumerate(("training, forward", "training, backward", "training, step")):
         seconds = {name: [parts[i] for parts in rounds] for name, rounds in taken.items()}
         for name in taken:
