@@ -28,6 +28,7 @@ from experiments.report import machine, save_picture, table
 SETTINGS = train.PRESETS["small"]
 RATES = 1e-3, 3e-3, 6e-3
 OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 NANOGPT = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
 
 
@@ -67,9 +68,8 @@ def cpu_minutes(pid):
 def follow(command, folder, threads, pattern):
     """Run `command`: a dict(step, loss, minutes, cpu_minutes) for each line that `pattern` matches."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began, points, line = time.perf_counter(), [], ""
-    with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
+    with subprocess.Popen(command, cwd=folder, env=environment, **PIPES) as process:
         for line in process.stdout:
             if found := pattern.match(line):
                 minutes = dict(minutes=(time.perf_counter() - began) / 60, cpu_minutes=cpu_minutes(process.pid))
