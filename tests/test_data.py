@@ -1,7 +1,6 @@
 """Data: which windows a step sees, prepared folders and what they refuse, and the programs that make them."""
 
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -13,11 +12,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import tracemalloc
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -231,7 +228,7 @@ def test_a_flipped_bit_is_found(prepared, name, capsys):
     content[len(content) // 2] ^= 1
     (prepared / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} .*SHA-256"):
-        open_dataset(prepared, verify=True)
+        open_dataset(prepared, verify=True).tokenizer
     assert "SHA-256" in refused(capsys, "--info", prepared)
 
 
@@ -260,82 +257,26 @@ def test_no_folder_is_a_clear_message(tmp_path):
         open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../val.bin", "/etc/passwd", "val.bin\0", "val.bin/../../val.bin"])
-def test_file_names_in_meta_cannot_point_elsewhere(prepared, name):
-    for change in (lambda meta: meta["splits"]["val"], lambda meta: meta["tokenizer"]):
-        meta = json.loads((prepared / "meta.json").read_text())
-        change(meta)["file"] = name
-        (prepared.parent / "other").mkdir(exist_ok=True)
-        shutil.copytree(prepared, prepared.parent / "other", dirs_exist_ok=True)
-        (prepared.parent / "other" / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match="file' is not"):
-            open_dataset(prepared.parent / "other")
-
-
-def leaves(value, path=()):
-    if isinstance(value, dict):
-        for key in value:
-            yield (*path, key)
-            yield from leaves(value[key], (*path, key))
-
-
-def test_mutated_meta_is_refused_in_one_line_or_harmless(prepared):
-    """Everything the reader relies on is checked: a changed value either is one of the notes, or is refused."""
-    original = json.loads((prepared / "meta.json").read_text())
-    paths = list(leaves(original))
-    hostile = [
-        None,
-        True,
-        False,
-        -1,
-        0,
-        1,
-        2**16,
-        2**62,
-        10**300,
-        0.5,
-        "",
-        "uint8",
-        "\0",
-        "../x",
-        "f" * 64,
-        "\x1b[2J",
-        [],
-        [1],
-        {},
-        {"file": 1},
-        "x" * 10**4,
-    ]
-    rng, refused = random.Random(4), 0
-    for i in range(300):
-        meta = json.loads(json.dumps(original))
-        *parents, last = rng.choice(paths)
-        target = meta
-        for key in parents:
-            target = target[key]
-        if i % 5:
-            target[last] = rng.choice(hostile)
-        else:
-            del target[last]
-        (prepared / "meta.json").write_text(json.dumps(meta))
-        try:
-            dataset = open_dataset(prepared, verify=True)
-            assert len(dataset.train) == original["splits"]["train"]["tokens"]
-            assert prepare_module.describe(dataset).replace("\n", "").isprintable()
-            if i % 4 == 0:
-                dataset.tokenizer.decode(dataset.train[:10])
-        except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 1000
-    assert refused > 150
-
-
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"format": 1}', b'{"format": 1, "format": 2}']
+    "change",
+    [
+        lambda meta: meta.clear(),
+        lambda meta: meta.update(format=2),
+        lambda meta: meta.update(dtype="uint8"),
+        lambda meta: meta.update(vocab_size=1 << 17),
+        lambda meta: meta.update(end_of_text=400),
+        lambda meta: meta.update(source=None),
+        lambda meta: meta["splits"].pop("val"),
+        lambda meta: meta["splits"]["train"].update(tokens="many"),
+        lambda meta: meta["splits"]["train"].update(shards=[1, 2]),
+        lambda meta: meta["tokenizer"].pop("sha256"),
+    ],
 )
-def test_a_meta_that_is_none_is_refused(prepared, content):
-    (prepared / "meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match="meta.json"):
+def test_a_meta_that_prepare_did_not_write_is_refused(prepared, change):
+    meta = json.loads((prepared / "meta.json").read_text())
+    change(meta)
+    (prepared / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json is not what data/prepare.py writes; prepare the data again"):
         open_dataset(prepared)
 
 
@@ -357,20 +298,18 @@ def share(dataset):
     return sizes[1] / sum(sizes)
 
 
-def test_a_folder_is_split_by_file_and_a_file_stays_where_it_is(tmp_path):
+def test_a_folder_is_split_by_file_and_files_stay_where_they_are(tmp_path):
     source = tmp_path / "source"
-    texts = {
-        f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}": f"document {i:03} says {i}" for i in range(400)
-    }
-    for name, text in texts.items():
-        write(source / name, text)
+    for i in range(400):
+        write(source / f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}", f"document {i:03}")
     first = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "a", val_fraction=0.2)
     train, val = documents(first, "train"), documents(first, "val")
-    assert sorted(train + val) == sorted(texts.values()) and 0.15 < share(first) < 0.25
+    assert len(train) == 320 and len(val) == 80 and len({*train, *val}) == 400
     for i in range(400, 800):
-        write(source / f"{i}.txt", f"document {i:03} says {i}")
+        write(source / f"{i}.txt", f"document {i:03}")
     second = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "b", val_fraction=0.2)
-    assert set(val) <= set(documents(second, "val")) and set(train) <= set(documents(second, "train"))
+    moved = set(val) & set(documents(second, "train")) | set(train) & set(documents(second, "val"))
+    assert len(moved) < 20  # those next to the border
 
 
 BOOK = "".join(f"Line {i}: the river runs under the old bridge.\n" for i in range(2000))
@@ -382,10 +321,10 @@ def test_the_split_is_by_bytes_when_one_file_is_big(tmp_path, big, small, capsys
     write(tmp_path / "source" / small, json.dumps({"text": note}) if small.endswith("jsonl") else note)
     write(tmp_path / "source" / big, BOOK)
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
-    assert 0.04 < share(dataset) < 0.06 and f"({share(dataset):.1%})" in capsys.readouterr().out
-    (train,) = documents(dataset, "train")  # the big file is cut at its end, after a line
-    assert BOOK.startswith(train) and train.endswith("bridge.\n")
-    assert sorted(documents(dataset, "val")) == sorted([BOOK[len(train) :], note])
+    assert 0.049 < share(dataset) < 0.051 and f"({share(dataset):.1%})" in capsys.readouterr().out
+    begins = next(text for text in documents(dataset, "train") if text != note)
+    assert BOOK.startswith(begins) and begins.endswith("bridge.\n")  # the big file is cut after a line
+    assert BOOK[len(begins) :] in documents(dataset, "val")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 90])
@@ -394,7 +333,7 @@ def test_equal_files_reach_the_share_that_was_asked_for(tmp_path, count, fractio
     for i in range(count):
         write(tmp_path / "source" / f"{i}.md", f"{i:02} " + BOOK[:3000])
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out", val_fraction=fraction)
-    assert 0.74 * fraction < share(dataset) < 1.26 * fraction
+    assert abs(share(dataset) - fraction) < 0.02 * fraction + 50 / (3003 * count)  # to the line
     texts = documents(dataset, "train") + documents(dataset, "val")
     assert sum(map(len, texts)) == 3003 * count and count <= len(texts) <= count + 1
 
@@ -441,10 +380,10 @@ def test_a_test_file_among_notes_is_text_like_any_other(tmp_path):
     assert 0.15 < share(dataset) < 0.25 and len(documents(dataset, "train") + documents(dataset, "val")) >= 34
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
-    lines = [f"Line {i}: caf\u00e9 \u4f60\u597d \U0001f642 once more.\n" for i in range(400)]
+    lines = [f"Line {i}: caf\u00e9 \u4f60\u597d \U0001f642 once more.\n" for i in range(1200)]
     records = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
     text = "".join(records if suffix == "jsonl" else lines)
     mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
@@ -455,20 +394,13 @@ def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
         assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(lines)
     else:
         assert text_of(dataset, "train") + text_of(dataset, "val") == text
-    assert ("UTF-16 or UTF-32: 1 file" in notes(dataset)) == (encoding != "utf-8-sig")
-
-
-def test_utf16_gives_the_data_set_of_the_same_text_in_utf8(tmp_path):
-    for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-16")):
-        write(tmp_path / name, BOOK.encode(encoding))
-        prepare(source=tmp_path / name, vocab_size=300, out_dir=tmp_path / encoding)
-    assert open_dataset(tmp_path / "utf-8").fingerprint == open_dataset(tmp_path / "utf-16").fingerprint
+    assert ("decoded from UTF-16: 1 file" in notes(dataset)) == encoding.startswith("utf-16")
 
 
 @pytest.mark.parametrize(
     "name, content, why",
     [
-        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "UTF-16 without a byte order mark: iconv"),
+        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "UTF-16 without a byte order mark (iconv"),
         ("d.jsonl", '{"text": "x"}\n'.encode("utf-16-be") * 50, "UTF-16 without a byte order mark"),
         ("d.txt", random.Random(0).randbytes(5000), "binary"),
         ("d.txt", b"\x7fELF" + bytes(3000), "binary"),
@@ -503,7 +435,7 @@ def test_nothing_is_skipped_silently(tmp_path, capsys):
     for part in (
         ".png: 8 files (picture0.png, picture1.png, picture2.png, ...)",
         "empty: 1 file (empty.txt)",
-        "binary: 1 file (noise.md)",
+        "(iconv -f UTF-16 -t UTF-8 converts it): 1 file (noise.md)",
         "compressed: unpack it first: 1 file (notes.txt.gz)",
         "without a suffix: 1 file (LICENCE)",
         "hidden: 1 file (.git)",
@@ -542,35 +474,19 @@ def test_a_file_s_name_cannot_make_a_data_set_unreadable(tmp_path, capsys):
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
-def test_thousands_of_files_with_notes_make_a_small_meta(tmp_path):
-    for i in range(3000):
-        write(tmp_path / "source" / f"{'long' * 40} {i}.md", b"caf\xe9 %d\n" % i * 3)
-    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
-    assert (tmp_path / "out" / "meta.json").stat().st_size < 10_000
-    assert "replaced 9,000 bytes that are no UTF-8: 3,000 files (long" in notes(dataset)
-    assert "more than one byte in a thousand is no UTF-8" in notes(dataset)
-    open_dataset(tmp_path / "out", verify=True)
-
-
-def test_nothing_is_published_that_the_reader_refuses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_module, "printable", lambda text, length=100: text)
-    source = write(tmp_path / "a\u202fb.txt", PROSE)
-    arguments = ["--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out"]
-    assert "'source' is not a name" in refused(capsys, *arguments) and os.listdir(tmp_path) == [source.name]
-
-
 def test_end_of_text_in_a_txt_file_divides_documents(tmp_path):
     stories = [f"Once there was a fox, number {i}.\n\nIt ran." for i in range(500)]
     source = write(tmp_path / "stories.txt", "".join(f"{story}\n<|endoftext|>\n" for story in stories))
     dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
-    assert documents(dataset, "train") + documents(dataset, "val") == stories and 0.04 < share(dataset) < 0.06
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    assert [*train[:-1], train[-1] + val[0], *val[1:]] == stories and 0.048 < share(dataset) < 0.052
     assert "divided into documents at 500 <|endoftext|>: 1 file (stories.txt)" in notes(dataset)
     code = write(tmp_path / "code.py", source.read_text())  # elsewhere it is text
     dataset = prepare(source=code, tokenizer="byte", out_dir=tmp_path / "code")
     assert text_of(dataset, "train") + text_of(dataset, "val") == source.read_text() and not notes(dataset)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_division_does_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     parts = ["".join(rng.choices(["ab", " ", "\n", "<|", "<|endof", "\u4f60"], k=rng.randrange(30))) for _ in range(8)]
@@ -585,10 +501,8 @@ def test_division_does_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch,
             if ends:
                 whole, current = [*whole, current], ""
         assert not current and file.divisions == 7
-        found[size] = whole
-    expected = [parts[0].rstrip(), *(part.strip() for part in parts[1:])]
-    for size in found:
-        assert found[size] == [text for text in expected if text.strip()]
+        found[size] = [text.strip() for text in whole if text.strip()]
+    assert found[17] == found[50] == found[1 << 20] == [part.strip() for part in parts if part.strip()]
 
 
 def test_jsonl_is_split_by_record_and_equal_records_stay_together(tmp_path):
@@ -602,20 +516,11 @@ def test_jsonl_is_split_by_record_and_equal_records_stay_together(tmp_path):
     assert not set(train) & set(val) and len(val) > 20
 
 
-@pytest.mark.parametrize(
-    "line, why",
-    [
-        ("{", "not JSON"),
-        ("3", 'string in "text"'),
-        ('{"text": 3}', 'string in "text"'),
-        ("[" * 10**5, "not JSON"),
-        ('{"tex": "a"}', 'string in "text"'),
-    ],
-)
-def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line, why):
-    (tmp_path / "d.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
+@pytest.mark.parametrize("line", ["{", "3", '{"text": 3}', "[" * 10**5, '{"tex": "a"}'])
+def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line):
+    write(tmp_path / "d.jsonl", '{"text": "good"}\n\n' + line + "\n")
     error = refused(capsys, "--source", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out")
-    assert re.match(rf"error: .*d\.jsonl, line 3: .*{why}", error)
+    assert re.match(r'error: .*d\.jsonl, line 3: not a JSON object with a string in "text"', error)
     assert os.listdir(tmp_path) == ["d.jsonl"]
 
 
@@ -625,7 +530,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path, monkeypatch, piece):
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"good \xff\xfe bad \xc3\xa9 \xef\xbf\xbd end\r\n" * 10)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="byte", out_dir=tmp_path / "out")
     assert text_of(dataset, "train") + text_of(dataset, "val") == "good \ufffd\ufffd bad \u00e9 \ufffd end\r\n" * 10
-    assert "replaced 20 bytes that are no UTF-8: 1 file (d.txt)\nmore than one byte in a thousand" in notes(dataset)
+    assert notes(dataset) == "30 U+FFFD, which replace what is no UTF-8: 1 file (d.txt)"
 
 
 @pytest.mark.parametrize(
@@ -799,45 +704,41 @@ def test_all_text_of_a_module_is_on_the_same_side_whatever_else_there_is(library
     assert fewer == {i: both[i] for i in fewer}
 
 
-def test_stripped_distributions_use_what_is_there_and_say_what_is_missing(library, monkeypatch, tmp_path):
+def test_a_python_without_topics_or_sources_says_so(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    corpus = python_corpus("both", 0.05, 0)
-    assert "topics" in corpus.meta["missing"][0] and corpus.meta["bytes_of"]["code"] > 0
-    archive = tmp_path / "python399.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in library.rglob("*.py"):
-            file.write(path, path.relative_to(library).as_posix())
-    zipped_alike = python_corpus("code", 0.05, 0).meta["bytes_of"]
+    assert python_corpus("both", 0.05, 0).notes() == ["this Python comes without pydoc's language topics"]
     shutil.rmtree(library)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(archive)])
-    assert python_corpus("code", 0.05, 0).meta["bytes_of"] == zipped_alike
-    archive.unlink()
-    with pytest.raises(ValueError, match="neither its sources nor .*--source FILE_OR_FOLDER"):
+    library.mkdir()
+    with pytest.raises(ValueError, match="without its sources: use --source FILE_OR_FOLDER"):
         python_corpus("both", 0.05, 0)
 
 
 def test_the_real_library_makes_a_data_set(tmp_path):
     dataset = prepare(content="prose", vocab_size=512, out_dir=tmp_path / "python")
     assert dataset.meta["content"] == "prose" and dataset.meta["source"] == "python"
-    if not dataset.meta["missing"]:
-        assert sum(entry["bytes"] for entry in dataset.meta["splits"].values()) > 1_000_000
-        assert 0.01 < dataset.meta["splits"]["val"]["bytes"] / dataset.meta["splits"]["train"]["bytes"] < 0.15
+    assert sum(entry["bytes"] for entry in dataset.meta["splits"].values()) > 1_000_000 and 0.01 < share(dataset) < 0.15
     main(["--info", str(tmp_path / "python")])
 
 
 # --- Nothing lost, nothing half there ---
 
 
-def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(prepared, monkeypatch, tmp_path, capsys):
-    (tmp_path / "d.txt").write_text(PROSE)
+@pytest.mark.parametrize("what, why", [("full disk", "No space left"), ("nonsense", "is not what data/prepare.py")])
+def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(
+    prepared, monkeypatch, tmp_path, capsys, what, why
+):
+    """A nonsense is what the reader refuses: it is not published."""
+    write(tmp_path / "d.txt", PROSE)
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fail(path, text):
+        if what == "full disk":
+            raise OSError(28, "No space left on device")
+        path.write_text("{}")
 
-    monkeypatch.setattr(prepare_module, "write_atomically", full)
+    monkeypatch.setattr(prepare_module, "write_atomically", fail)
     arguments = ["--source", tmp_path / "d.txt", "--out_dir", prepared, "--overwrite", "--tokenizer", "byte"]
-    assert "No space left" in refused(capsys, *arguments)
+    assert why in refused(capsys, *arguments)
     assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
 
@@ -846,7 +747,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     write(tmp_path / "d.txt", PROSE * 30)
     command = [sys.executable, PROGRAM, "--source", tmp_path / "d.txt", "--out_dir", tmp_path / "out"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob(".out.new-*")):
+    while not list(tmp_path.glob(".out.new")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -856,37 +757,6 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     prepare(source=tmp_path / "small.txt", out_dir=tmp_path / "out", tokenizer="byte")
     assert sorted(os.listdir(tmp_path)) == ["d.txt", "out", "small.txt"]
     open_dataset(tmp_path / "out", verify=True)
-
-
-def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path, capsys, monkeypatch):
-    write(tmp_path / "d.txt", PROSE[:2000])
-    rename = os.rename
-
-    def killed(source, target):
-        if Path(target) == prepared:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    arguments = ["--source", str(tmp_path / "d.txt"), "--tokenizer", "byte", "--out_dir", str(prepared)]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "rename", killed)
-        main([*arguments, "--overwrite"])
-    assert not prepared.exists()
-
-    def failing(source, target):
-        if Path(source).name.startswith(".prepared.new-"):
-            raise OSError("no room")
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing)
-        assert "holds a data set" in refused(capsys, *arguments)
-        assert "no room" in refused(capsys, *arguments, "--overwrite")
-    assert "holds a data set; add --overwrite" in refused(capsys, *arguments)
-    assert open_dataset(prepared, verify=True).vocab_size == 400
-    main([*arguments, "--overwrite"])
-    assert open_dataset(prepared, verify=True).vocab_size == 257
-    assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
 
 
 # --- Bad input ---
@@ -975,7 +845,7 @@ IDS = np.random.default_rng(0).integers(0, 256, 5000)
 IDS[::50] = 256  # the byte tokenizer's end of text
 
 
-def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys, monkeypatch):
+def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys):
     source = tmp_path / "source"
     source.mkdir()
     array = np.memmap(source / "train.bin", dtype=np.uint16, mode="w+", shape=(4000,))  # as nanoGPT's prepare.py writes
@@ -990,12 +860,7 @@ def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys, 
     assert entry["documents"] == 80 and entry["bytes"] == 4000 - 80 and entry["tokens"] == 4000
     assert dataset.bits_per_byte(1.0) == pytest.approx(1000 / 980 / math.log(2))
     main(["--info", str(tmp_path / "out")])
-    with monkeypatch.context() as patch:  # where no links can be made, it is a copy
-        for how in ("symlink", "link"):
-            patch.setattr(os, how, lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-        copy = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "copy")
     shutil.move(source, tmp_path / "elsewhere")
-    assert open_dataset(tmp_path / "copy", verify=True).fingerprint == copy.fingerprint == dataset.fingerprint
     assert "which is gone" in refused(capsys, "--info", tmp_path / "out")
 
 
@@ -1023,9 +888,9 @@ def test_several_shards_are_one_stream(tmp_path, cuts):
 def test_shards_slice_as_one_array():
     whole, rng = np.arange(100, dtype=np.uint16), random.Random(0)
     shards = Shards([whole[:1], whole[1:40], whole[40:41], whole[41:]])
-    assert len(shards) == 100 and shards.nbytes == 200 and list(shards) == list(whole) and shards[-1] == 99
+    assert len(shards) == 100 and shards.nbytes == 200 and (np.asarray(shards) == whole).all()
     for _ in range(500):
-        piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)), rng.choice([None, None, 1, 3, -1]))
+        piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)))
         assert (shards[piece] == whole[piece]).all() and len(shards[piece]) == len(whole[piece])
 
 
@@ -1109,7 +974,7 @@ def test_a_pickle_beside_token_files_is_not_opened(tmp_path, capsys):
         write(source / name, IDS.astype("<u2").tobytes())
     write(source / "meta.pkl", b"cos\nsystem\n(S'touch opened'\ntR.")
     out = ["--source", source, "--out_dir", tmp_path / "out"]
-    assert "meta.pkl, a pickle, is not opened: name the vocabulary" in refused(capsys, *out)
+    assert "meta.pkl, a pickle, is not opened: name the tokens' vocabulary" in refused(capsys, *out)
     assert "a vocabulary already: name it" in refused(capsys, *out, "--tokenizer", "bpe")
     main([*map(str, out), "--tokenizer", "byte"])
     assert open_dataset(tmp_path / "out").tokenizer.name == "byte" and not Path("opened").exists()
@@ -1132,92 +997,33 @@ def test_a_data_set_for_a_trained_model_has_its_tokenizer(pristine, tmp_path):
 
 # --- Downloads ---
 
-FILE = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(FILE).hexdigest()
+
+def test_a_download_is_checked_and_done_once(tmp_path):
+    content = PROSE.encode()
+    there = write(tmp_path / "there" / "file.txt", content)
+    path, checksum = tmp_path / "cache" / "file.txt", hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match="is not the expected file.*--source FILE"):
+        download(path, there.as_uri(), "0" * 64)
+    assert not path.exists()
+    download(path, there.as_uri(), checksum)
+    there.unlink()
+    download(path, there.as_uri(), checksum)
+    assert path.read_bytes() == content and os.listdir(path.parent) == ["file.txt"]
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="is not the expected file: remove it"):
+        download(path, there.as_uri(), checksum)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves FILE; `breaks` connections break half-way, `ranges` says whether Range is honoured."""
-
-    breaks, ranges, status, requests = 0, True, None, []
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        cls = type(self)
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        cls.requests.append(start)
-        body = FILE[start if cls.ranges else 0 :]
-        self.send_response(cls.status or (206 if cls.ranges else 200))
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if cls.breaks:
-            cls.breaks -= 1
-            body = body[: len(body) // 2]
-            self.close_connection = True
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    handler = type("Handler", (Server,), {"requests": []})
-    instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    instance.handle_error = lambda *_: None  # of a client that gave up: printed, it would fall into a later test
-    handler.url = f"http://127.0.0.1:{instance.server_address[1]}/file"
-    thread = threading.Thread(target=instance.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield handler
-    instance.shutdown()
-    instance.server_close()
-
-
-def test_download_is_checked_and_done_once(server, tmp_path):
-    path = tmp_path / "cache" / "file"
-    for _ in range(2):
-        download(path, server.url, len(FILE), SHA256)
-        assert path.read_bytes() == FILE and os.listdir(path.parent) == ["file"] and len(server.requests) == 1
-    path.write_bytes(FILE[:-1] + b"x")
-    with pytest.raises(ValueError, match="not the expected file.*remove it"):
-        download(path, server.url, len(FILE), SHA256)
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_download_goes_on_where_it_broke(server, tmp_path, ranges):
-    server.breaks, server.ranges = 1, ranges
-    with pytest.raises(
-        OSError, match="150,000 of 300,000 bytes are kept, run it again.*--source FILE.*--source python"
-    ):
-        download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert os.listdir(tmp_path) == ["file.part"]
-    download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE and server.requests == [0, 150_000]
-    (tmp_path / "file").rename(tmp_path / "file.part")  # complete, only not renamed yet
-    download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert os.listdir(tmp_path) == ["file"] and len(server.requests) == 2
-
-
-def test_download_of_another_file_is_refused_and_removed(server, tmp_path):
-    for size, checksum, part in ((300_000, "0" * 64, b""), (299_999, SHA256, b""), (300_000, SHA256, b"x" * 1000)):
-        if part:  # of something else
-            (tmp_path / "file.part").write_bytes(part)
-        with pytest.raises(ValueError, match="is not the expected file"):
-            download(tmp_path / "file", server.url, size, checksum)
-        assert os.listdir(tmp_path) == []
-
-
-def test_named_corpora_are_prepared_from_what_was_downloaded(server, tmp_path, monkeypatch, capsys):
+def test_shakespeare_is_prepared_from_what_was_downloaded(tmp_path, monkeypatch, capsys):
+    there = write(tmp_path / "there.txt", PROSE)
     monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
-    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(FILE), SHA256))
-    server.status = 503
+    monkeypatch.setattr(sources, "SHAKESPEARE", ((tmp_path / "gone").as_uri(), ""))
     error = refused(capsys, "--source", "shakespeare", "--out_dir", tmp_path / "out")
-    assert error.startswith("error: could not download http://127.0.0.1") and "--source python" in error
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-    text = write(tmp_path / "downloads" / "shakespeare.txt", PROSE)
-    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(PROSE), hashlib.sha256(PROSE.encode()).hexdigest()))
+    assert error.startswith("error: could not download file://") and "--source python" in error
+    assert os.listdir(tmp_path) == ["there.txt"]
+    monkeypatch.setattr(sources, "SHAKESPEARE", (there.as_uri(), hashlib.sha256(PROSE.encode()).hexdigest()))
     dataset = prepare(source="shakespeare", tokenizer="byte", out_dir=tmp_path / "out")
-    assert text_of(dataset, "train") + text_of(dataset, "val") == text.read_text()
+    assert text_of(dataset, "train") + text_of(dataset, "val") == PROSE
 
 
 def test_corpora_of_the_hub_come_through_its_library(tmp_path, monkeypatch, capsys):
