@@ -1,7 +1,6 @@
 """The transformer: its loss, its cache, generation, checkpoints, and that it is Llama where it says so."""
 
 import math
-import pickle
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 import model as gpt
 from attention import ATTENTION
-from checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig, KVCache, sample_token
 
 BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
@@ -328,59 +327,15 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     assert load_checkpoint(tmp_path)[1]["step"] == 2
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    resource = pytest.importorskip("resource")
-    model = saved(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # every file ends after 10 kB: a real failing write
-    try:
-        with pytest.raises(OSError, match="checkpoint.pt is still the one from before"):
-            save_checkpoint(tmp_path, dict(model=make(seed=9).state_dict(), config=vars(model.config), step=4))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert load_checkpoint(tmp_path)[1]["step"] == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ("import pathlib; pathlib.Path('executed').touch()",)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, write in (
-        ("zip.pt", lambda f: torch.save({"format": FORMAT, "x": Evil()}, f)),
-        ("raw.pt", lambda f: pickle.dump(Evil(), f)),
-    ):
-        with open(name, "wb") as file:
-            write(file)
-        with pytest.raises(ValueError, match="pickled code is never run|not a zip file"):
-            load_checkpoint(name)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "nowhere")
-    saved(tmp_path), saved(tmp_path)
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:100], b"", b"hello"):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="damaged.*checkpoint.prev.pt"):
-            load_checkpoint(tmp_path)
+    (tmp_path / "other.pt").write_text("hello")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
         load_checkpoint(tmp_path / "other.pt")
-    model = make()
-    for state in (
-        dict(model={}, config=vars(model.config)),
-        dict(model=model.state_dict()),
-        dict(model=model.state_dict(), config={**vars(model.config), "n_layer": "2"}),
-        dict(model=model.state_dict(), config={**vars(model.config), "surprise": 1}),
-        dict(model=model.state_dict(), config={**vars(model.config), "n_embd": 48, "head_dim": 12}),
-        dict(model=3, config=vars(model.config)),
-    ):
-        save_checkpoint(tmp_path, state)
-        with pytest.raises(ValueError, match="does not hold a whole model"):
-            load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, dict(model=make().state_dict()))
+    with pytest.raises(ValueError, match="does not hold a whole model"):
+        load_checkpoint(tmp_path)
