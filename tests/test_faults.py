@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from test_train import assert_same_run, metrics, refused, run
+from test_train import assert_same_run, metrics, refused, run, words
 
 import sample
 import train
@@ -129,18 +129,15 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_killed_one_leav
     first = subprocess.Popen([sys.executable, "-c", script, str(folder / "run.lock")], stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     before = contents(folder)
-    for how in ([], ["--resume"], ["--overwrite"], ["--resume", "--max_steps", 61]):
-        message = refused(capsys, train.main, "--preset", "tiny", "--data_dir", data, "--out_dir", folder, *how)
+    for how in ("", "--resume", "--overwrite"):
+        message = refused(capsys, train.main, "--preset tiny --data_dir", data, "--out_dir", folder, how)
         assert "another process is at work in" in message
     assert contents(folder) == before
     first.kill()
     first.wait()
-    train.main(["--resume", "--max_steps", "61", "--out_dir", str(folder)])
-    assert load_checkpoint(folder)[1]["step"] == 61
-    train.main(
-        ["--resume", "--max_steps", "62", "--out_dir", str(folder)]
-    )  # the lock went with the run, not with the process
-    assert load_checkpoint(folder)[1]["step"] == 62
+    for steps in (61, 62):  # the lock goes with the run, not with the process
+        train.main(words("--resume --max_steps", steps, "--out_dir", folder))
+        assert load_checkpoint(folder)[1]["step"] == steps
 
 
 def test_a_run_killed_before_its_first_file_does_not_block_its_folder(tmp_path, data):
