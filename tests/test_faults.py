@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from test_train import assert_same_run, metrics, refused, run, words
+from test_train import arguments, assert_same_run, metrics, refused, run
 
 import sample
 import train
@@ -136,7 +136,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_killed_one_leav
     first.kill()
     first.wait()
     for steps in (61, 62):  # the lock goes with the run, not with the process
-        train.main(words("--resume --max_steps", steps, "--out_dir", folder))
+        train.main(arguments("--resume --max_steps", steps, "--out_dir", folder))
         assert load_checkpoint(folder)[1]["step"] == steps
 
 

@@ -25,7 +25,7 @@ from options import parse_options
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def words(*options):
+def arguments(*options):
     """The words of a command line; an option may be given as text with its value, a path or a number."""
     return " ".join(map(str, options)).split()
 
@@ -35,7 +35,7 @@ TINY = "--preset tiny --threads 1 --device cpu"
 
 def run(*options, data):
     """train.main in this process."""
-    train.main(words(TINY, "--data_dir", data, *options))
+    train.main(arguments(TINY, "--data_dir", data, *options))
 
 
 def metrics(folder):
@@ -166,7 +166,7 @@ def test_overwrite_replaces_a_run(tmp_path, data):
 
 
 def launch(*options, data, cwd):
-    command = [sys.executable, ROOT / "train.py", *words(TINY, "--data_dir", data, *options)]
+    command = [sys.executable, ROOT / "train.py", *arguments(TINY, "--data_dir", data, *options)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -205,7 +205,7 @@ def test_a_reader_that_goes_away_or_cannot_show_a_character_costs_nothing(tmp_pa
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 0
     assert load_checkpoint(tmp_path / "r")[1]["step"] == 80
-    command = [sys.executable, ROOT / "sample.py", *words("--checkpoint", trained, "--prompt é --num_samples 9")]
+    command = [sys.executable, ROOT / "sample.py", *arguments("--checkpoint", trained, "--prompt é --num_samples 9")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(5)
     process.stdout.close()
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_checkpoint_before(tmp_path, 
 def refused(capsys, main, *options):
     """The one line that a program ends with."""
     with pytest.raises(SystemExit) as stopped:
-        main(words(*options))
+        main(arguments(*options))
     out = capsys.readouterr()
     assert stopped.value.code == 2
     assert out.err.startswith("error: ") and out.err.count("\n") == 1 and out.out == ""
@@ -363,7 +363,7 @@ def test_threads_are_as_many_as_asked(tmp_path, data, capsys):
 
 
 def test_a_preset_is_overridden_by_what_is_given():
-    argv = words("--preset tiny --n_layer 3 --head_norm no --compile")
+    argv = arguments("--preset tiny --n_layer 3 --head_norm no --compile")
     o, given = parse_options(train.Options, argv, train.PRESETS)
     assert (o.n_layer, o.n_embd, o.batch_size, o.head_norm, o.compile) == (3, 32, 8, False, True)
     assert given == {"preset", "n_layer", "head_norm", "compile"}
@@ -390,7 +390,7 @@ def test_a_compiled_model_computes_the_same(tmp_path, data, attention):
 
 
 def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys):
-    options = words("--checkpoint", trained, "--prompt key --temperature 0 --max_new_tokens 90 --num_samples 2")
+    options = arguments("--checkpoint", trained, "--prompt key --temperature 0 --max_new_tokens 90 --num_samples 2")
     texts = []
     for extra in ([], ["--no_cache"]):
         sample.main([*options, *extra])
@@ -400,7 +400,7 @@ def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys
     assert texts[0] == texts[1] and texts[0].startswith("key")
     (tmp_path / "prompt.txt").write_text("value é")
     options = ("--checkpoint", trained / "checkpoint.pt", "--prompt_file", tmp_path / "prompt.txt")
-    sample.main(words(*options, "--max_new_tokens 5"))
+    sample.main(arguments(*options, "--max_new_tokens 5"))
     out = capsys.readouterr()
     assert out.out.startswith("value é")
     model, _ = load_checkpoint(trained)
@@ -408,7 +408,7 @@ def test_sample_writes_text_with_and_without_the_cache(tmp_path, trained, capsys
 
 
 def test_sample_streams_from_standard_input(trained):
-    options = words("--checkpoint", trained, "--prompt_file - --max_new_tokens 4")
+    options = arguments("--checkpoint", trained, "--prompt_file - --max_new_tokens 4")
     command = [sys.executable, ROOT / "sample.py", *options]
     done = subprocess.run(command, input="norm ", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("norm ") and "4 tokens" in done.stderr
@@ -432,7 +432,7 @@ def test_programs_refuse_what_they_cannot_use(tmp_path, data, capsys, monkeypatc
 
 def test_the_readmes_main_command_runs_end_to_end(tmp_path):
     """Nothing but the repository: prepares the default data set, trains, samples, and says what to try next."""
-    command = [sys.executable, ROOT / "train.py", *words("--preset tiny --max_steps 10 --threads 1")]
+    command = [sys.executable, ROOT / "train.py", *arguments("--preset tiny --max_steps 10 --threads 1")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for said in (
