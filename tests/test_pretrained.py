@@ -414,10 +414,8 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, 
     assert open_dataset(tmp_path / "set").vocab_size == 35 < V
     base = "--preset tiny --threads 1 --device cpu --max_steps 2 --learning_rate 1e-9 --block_size 16"
 
-    def run(data, init_from, out):
-        train.main(
-            arguments(base, "--data_dir", tmp_path / data, "--init_from", init_from, "--out_dir", tmp_path / out)
-        )
+    def run(data, start, out):
+        train.main(arguments(base, "--data_dir", tmp_path / data, "--init_from", start, "--out_dir", tmp_path / out))
 
     run("set", with_tokenizer, "run")
     trained, state = load_checkpoint(tmp_path / "run")
