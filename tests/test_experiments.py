@@ -53,10 +53,8 @@ def fake_run(folder, losses, steps=None, spikes=0, parameters=None, **options):
     model = dict(vocab_size=64, n_layer=1, n_head=2, n_embd=parameters or 8, attention="mha")
     options = dict(max_steps=steps or len(losses), warmup_steps=5, save_every=10, **options)
     (folder / "config.json").write_text(json.dumps(dict(options=options, model=model)))
-    lines = [
-        dict(step=i + 1, tokens=100 * (i + 1), train_loss=float(loss), loss_spikes=spikes)
-        for i, loss in enumerate(losses)
-    ]
+    steps_of = dict(enumerate(map(float, losses), 1))
+    lines = [dict(step=n, tokens=100 * n, train_loss=loss, loss_spikes=spikes) for n, loss in steps_of.items()]
     if not steps:
         lines[-1] |= dict(val_loss=float(losses[-1]), val_bpb=float(losses[-1]) / 2)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -72,9 +70,7 @@ def test_the_largest_stable_rate_near_the_lowest_loss_is_chosen(tmp_path):
         for setting, floor, spikes in zip(settings, (2.5, 2.0, 2.01, 1.5, 1.0), (0, 0, 0, seed, 0)):
             fake_run(tmp_path / f"{setting.name}-seed{seed}", curve(floor), spikes=spikes)
     (tmp_path / "mea-lr0.1-seed1" / "metrics.jsonl").unlink()  # the largest rate lost one run
-    (tmp_path / "mea-lr0.1-seed1.log").write_text(
-        "loss nan at step 30: stopped before the update; no checkpoint was saved yet"
-    )
+    (tmp_path / "mea-lr0.1-seed1.log").write_text("loss nan at step 30: stopped before the update; no checkpoint")
     choose = lambda tolerance: sweep.choose_rates(tmp_path, settings, 2, None, tolerance)
     rows, choices, _ = choose(0.02)
     assert [row["stable"] for row in rows] == [True, True, True, False, False] and rows[4]["diverged"] == 1
@@ -86,12 +82,7 @@ def test_the_largest_stable_rate_near_the_lowest_loss_is_chosen(tmp_path):
     assert text.count("unstable") == 2 and text.count("**chosen**") == 1
     assert f"| mea |  | {rows[0]['parameters']:,} | 0.01 |" in text
     (tmp_path / "mea-lr0.001-seed0" / "metrics.jsonl").unlink()
-    assert [row["learning_rate"] for row in choose(0.02)[0]] == [
-        3e-3,
-        1e-2,
-        3e-2,
-        1e-1,
-    ]  # a rate waits for all its seeds
+    assert [row["learning_rate"] for row in choose(0.02)[0]] == [3e-3, 1e-2, 3e-2, 1e-1]  # a rate waits for its seeds
     assert sweep.choose_rate([row for row in rows if not row["stable"]], 0.02) is None
 
 
@@ -117,10 +108,8 @@ def test_the_rate_of_the_next_size_lies_on_the_line_of_the_smaller_ones(tmp_path
 
 
 def test_the_best_rate_lies_between_those_tried():
-    rows = [
-        dict(learning_rate=rate, stable=True, extrapolated=3 + np.log(rate / 3e-3) ** 2)
-        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
-    ]
+    loss = lambda rate: 3 + np.log(rate / 3e-3) ** 2
+    rows = [dict(learning_rate=rate, stable=True, extrapolated=loss(rate)) for rate in (1e-3, 2e-3, 4e-3, 8e-3)]
     assert sweep.best_rate(rows) == pytest.approx(3e-3)
     assert sweep.best_rate(rows[2:]) == 4e-3 and sweep.best_rate([]) is None  # at an end of what was tried
     for row in rows[:2]:
@@ -278,9 +267,7 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
         sweep.snapshot(tmp_path, taken)
     assert loaded == [0, 10, 20, 20] and sweep.compositions(tmp_path)["step"] == [10, 20]
     assert np.shape(sweep.compositions(tmp_path)["compose_k"]) == (2, 1, 2, 2)
-    assert sweep.compositions(tmp_path)["compose_v"][0] == [
-        [[3, 0], [0, 4]]
-    ]  # of a diagonal its numbers alone are learned
+    assert sweep.compositions(tmp_path)["compose_v"][0] == [[[3, 0], [0, 4]]]  # of a diagonal its numbers alone
 
 
 def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_path, data, monkeypatch):
