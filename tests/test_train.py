@@ -20,6 +20,7 @@ import train
 from data.dataset import open_dataset, validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint, save_checkpoint
+from experiments import torture
 from options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,21 +43,10 @@ def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_clock(lines):
-    clock = ("tokens_per_second", "peak_memory")
-    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
-
-
 def assert_same_run(a, b):
     """Equal weights, optimiser state, RNG and logged numbers, bit for bit."""
-    (_, first), (_, second) = load_checkpoint(a), load_checkpoint(b)
-    for name in first["model"]:
-        assert torch.equal(first["model"][name], second["model"][name]), name
-    for index, entry in first["optimizer"]["state"].items():
-        for name, value in entry.items():
-            assert torch.equal(value, second["optimizer"]["state"][index][name])
-    assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"]) and first["step"] == second["step"]
-    assert without_clock(metrics(a)) == without_clock(metrics(b))
+    assert not torture.differences(load_checkpoint(a)[1], load_checkpoint(b)[1])
+    assert torture.metrics(Path(a)) == torture.metrics(Path(b))
 
 
 def test_a_run_folder_holds_what_it_should_and_the_loss_falls(trained, data):
@@ -336,7 +326,7 @@ def test_activation_checkpointing_changes_the_memory_and_no_number(tmp_path, dat
     options = ["--attention", attention, "--dropout", 0.1, "--n_layer", 3, "--max_steps", 3]
     for name, extra in (("kept", []), ("recomputed", ["--activation_checkpointing"])):
         run(*options, *extra, "--out_dir", tmp_path / name, data=data)
-    assert without_clock(metrics(tmp_path / "kept")) == without_clock(metrics(tmp_path / "recomputed"))
+    assert torture.metrics(tmp_path / "kept") == torture.metrics(tmp_path / "recomputed")
 
     model, _ = load_checkpoint(tmp_path / "kept")
     x, y = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 2, 63)))
