@@ -444,7 +444,7 @@ def named_corpus(name: str, shards: int, val_fraction: float, seed: int) -> Corp
         texts[1].val_share = 1.0
         return Corpus(
             lambda: (document for file in texts for document in split_documents(file, seed)),
-            sum(file.bytes for file in texts),
+            sum(file.path.stat().st_size for file in texts),
             meta,
             lambda: text_notes(texts),
         )

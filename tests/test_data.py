@@ -955,6 +955,7 @@ def test_corpora_of_the_hub_come_through_its_library(tmp_path, monkeypatch, caps
         assert documents(dataset, "val") == documents(dataset, "train") == ["Once upon a time.", "The end.", "last"]
     files = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
     assert asked == [("roneneldan/TinyStories", file) for file in files]  # once each
+    assert sources.named_corpus("tinystories", 1, 0.05, 0).size == 2 * len(story)
     shutil.rmtree(tmp_path / "downloads")
 
     def unreachable(*_, **__):
