@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import operator
 import sys
 from dataclasses import field, fields
@@ -80,20 +79,15 @@ def check_options(options):
     """
     for f in fields(options):
         value, kinds, limits = getattr(options, f.name), get_args(f.type) or (f.type,), f.metadata
-        right = type(value) in kinds or type(value) is int and float in kinds
-        if not right:
-            wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{f.name} must be {wanted}, not {repr(value)[:60]}")
-        if limits.get("choices") and value is not None and value not in limits["choices"]:
-            raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value[:60]!r}")
-        if type(value) not in (int, float):
-            continue
-        bounds = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
-        inside = all(BOUNDS[name][1](value, limit) for name, limit in bounds.items())
-        if not inside or not math.isfinite(value) or abs(value) >= 2**63:
+        wanted, right = " or ".join(kind.__name__ for kind in kinds), type(value) in kinds
+        if type(value) in (int, float) and (right or float in kinds):
+            bounds = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
             wanted = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in bounds.items()) or "a finite number"
-            shown = value if abs(value) < 2**63 or type(value) is float else f"a number of {value.bit_length()} bits"
-            raise ValueError(f"{f.name} must be {wanted}, not {shown}")
+            right = -(2**63) <= value < 2**63 and all(BOUNDS[name][1](value, limit) for name, limit in bounds.items())
+        elif limits.get("choices") and value is not None:
+            wanted, right = f"one of {', '.join(limits['choices'])}", value in limits["choices"]
+        if not right:
+            raise ValueError(f"{f.name} must be {wanted}, not {value!r}")
     return options
 
 
@@ -192,20 +186,18 @@ def autocast(device, dtype):
 # Files
 
 
-def read_json(path, max_bytes=64 << 20):
+def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError, in one line, for anything that is not one."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path} has more than {max_bytes} bytes, which is no file of this kind")
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {' '.join(str(error).split())[:160]}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

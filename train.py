@@ -45,35 +45,14 @@ from model import GPT, GPTConfig, build_config
 
 DEFAULT_DATA = "data/python"
 
-# Training settings beside the shapes of model.PRESETS. `small` is a few minutes on 2 CPU cores; `base` and `1b` are for
-# GPUs, with a larger corpus: see the README.
+# Training settings beside the shapes of model.PRESETS, where they are not the defaults of the options below. `small` is
+# a few minutes on 2 CPU cores; `base` and `1b` are for GPUs, with a larger corpus: see the README.
+LONG = dict(learning_rate=1e-3, save_every=500, eval_windows=512)
 TRAINING = {
-    "tiny": dict(
-        batch_size=8, max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16
-    ),
-    "small": dict(
-        batch_size=8, max_steps=350, warmup_steps=50, learning_rate=6e-3, eval_every=50, save_every=50, eval_windows=64
-    ),
-    "base": dict(
-        batch_size=16,
-        grad_accum=30,
-        max_steps=20000,
-        warmup_steps=700,
-        learning_rate=1e-3,
-        eval_every=250,
-        save_every=500,
-        eval_windows=512,
-    ),
-    "1b": dict(
-        batch_size=8,
-        grad_accum=64,
-        max_steps=100000,
-        warmup_steps=1000,
-        learning_rate=1e-3,
-        eval_every=500,
-        save_every=500,
-        eval_windows=512,
-    ),
+    "tiny": dict(max_steps=60, warmup_steps=10, learning_rate=3e-3, eval_every=30, save_every=30, eval_windows=16),
+    "small": dict(batch_size=8, max_steps=350),
+    "base": dict(batch_size=16, grad_accum=30, max_steps=20000, warmup_steps=700, eval_every=250, **LONG),
+    "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, eval_every=500, **LONG),
 }
 PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
 
@@ -327,22 +306,12 @@ def open_run(o, given, held):
         other = "overwrite replaces it" if o.overwrite else "init_from begins another"
         raise ValueError(f"resume goes on with a run and {other}: give one of them")
     out, state = Path(o.out_dir or f"out/{o.preset}"), None
-    writes = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process writes, and locks, for all
-    existing = holds_run(out)
-    if writes and existing:
-        held.enter_context(lock_run(out))
+    ours = {"run.lock", "config.json.tmp"}  # of a run that was killed early
+    if not holds_run(out) and out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= ours):
+        raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     if o.resume:
         state = load_checkpoint(out)[1]
         o = resumed_options(o, given, state, out)
-    elif existing and not o.overwrite:
-        how = "--resume to go on with it, --overwrite to replace it"
-        raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
-    elif not existing and out.exists():
-        if not out.is_dir() or {path.name for path in out.iterdir()} - {
-            "run.lock",
-            "config.json.tmp",
-        }:  # an early kill's
-            raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     o.out_dir = str(out)
     choose_device(o.device)
     set_kernel(o.kernel)
@@ -371,23 +340,20 @@ def open_run(o, given, held):
             raise ValueError(
                 f"the {split} split of {o.data_dir} is too short: {short}; use more text or a smaller block"
             )
-    if writes and not existing:
+    if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the first process writes, and locks, for all
         held.enter_context(lock_run(out))
-        if holds_run(out):  # since the look above
-            raise ValueError(f"{out} holds a run that another process has just made: give another --out_dir")
+        if holds_run(out) and not o.resume and not o.overwrite:
+            how = "--resume to go on with it, --overwrite to replace it"
+            raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
     return o, config, dataset, state
 
 
 def resumed_options(o, given, state, out):
     """The options to go on with: the run's own, with what --resume may change. Raises ValueError."""
-    needed = {"optimizer": dict, "options": dict, "step": int, "rng": dict, "spikes": dict, "data": dict}
-    lacking = [name for name, kind in needed.items() if not isinstance(state.get(name), kind)]
-    if lacking:
-        raise ValueError(
-            f"{out} holds weights without a training run to go on with ({lacking[0]}): use --init_from {out}"
-        )
-    known = {f.name for f in fields(Options)}
-    if unknown := sorted(set(state["options"]) - known):
+    if lacking := {"optimizer", "options", "step", "rng", "spikes", "data"} - set(state):
+        why = f"weights without a training run to go on with ({min(lacking)})"
+        raise ValueError(f"{out} holds {why}: use --init_from {out}")
+    if unknown := sorted(set(state["options"]) - {f.name for f in fields(Options)}):
         raise ValueError(f"{out} cannot be resumed: this program has no option {unknown[0]}")
     saved = Options(**state["options"])
     _, world_size = ranks()
@@ -499,9 +465,7 @@ def train(o, config, dataset, state=None):
         with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
             while step < o.max_steps:
                 started = time.monotonic()
-                if (
-                    rank > 0
-                ):  # dropout: rank 0 goes on with its saved stream, the others' follow from (seed, rank, step)
+                if rank > 0:  # dropout: rank 0 goes on with its saved stream, others' follow from (seed, rank, step)
                     torch.manual_seed(hash((o.seed, rank, step)))
                 rate = learning_rate(o, step)
                 for group in optimizer.param_groups:
@@ -519,11 +483,9 @@ def train(o, config, dataset, state=None):
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
                 norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise Stop(
-                        f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update; "
-                        f"{last_good(out)}. Try a lower --learning_rate or more --warmup_steps",
-                        1,
-                    )
+                    what = f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update"
+                    advice = "Try a lower --learning_rate or more --warmup_steps"
+                    raise Stop(f"{what}; {last_good(out)}. {advice}", 1)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
@@ -545,10 +507,8 @@ def train(o, config, dataset, state=None):
                 if step % o.save_every == 0 or step == o.max_steps or stop:
                     save()
                 if stop and step < o.max_steps:
-                    how = f"{command()} --resume --out_dir {out}"
-                    raise Stop(
-                        f"stopped by {signal.Signals(stop).name} at step {step}, saved; go on with: {how}", 128 + stop
-                    )
+                    what = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
+                    raise Stop(f"{what}; go on with: {command()} --resume --out_dir {out}", 128 + stop)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -584,10 +544,8 @@ def last_good(out):
 
 def command():
     """How this program was started."""
-    _, world_size = ranks()
-    return (
-        "python train.py" if world_size == 1 else f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} train.py"
-    )
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc_per_node {processes} train.py" if ranks()[1] > 1 else "python train.py"
 
 
 def prepare_folder(o, config, dataset, step):
@@ -673,10 +631,8 @@ def main(argv=None):
         except RuntimeError as error:
             if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            how = f"{command()} --resume --out_dir {options.out_dir}"
-            print(
-                f"\nrank {ranks()[0]} lost another process; go on from the last checkpoint with: {how}", file=sys.stderr
-            )
+            how = f"go on from the last checkpoint with: {command()} --resume --out_dir {options.out_dir}"
+            print(f"\nrank {ranks()[0]} lost another process; {how}", file=sys.stderr)
             raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()
@@ -689,13 +645,11 @@ def main(argv=None):
     new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), **how)[0]
     say(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    others = [name for name in ATTENTION if name != config.attention]
-    again = (
-        f"python train.py --preset {options.preset} --attention {others[0]} --out_dir out/{options.preset}-{others[0]}"
-    )
+    other, *others = [name for name in ATTENTION if name != config.attention]
+    again = f"python train.py --preset {options.preset} --attention {other} --out_dir out/{options.preset}-{other}"
     say(f"Done in {minutes} min {seconds} s. Try next:")
     say(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
-    say(f"  {again}    # or {', '.join(others[1:])}")
+    say(f"  {again}    # or {', '.join(others)}")
     say(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")
 
 

@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,64 +80,55 @@ def prepare(**options) -> Dataset:
     named, path = o.source in ("python", *CORPORA), Path(o.source)
     if not named and not (o.source and path.exists()):
         raise ValueError(f"--source {o.source}: neither python, {', '.join(CORPORA)} nor a file or folder that exists")
-    if o.content and o.source != "python":
-        raise ValueError("--content is for --source python")
-    if o.shards and o.source != "fineweb-edu":
-        raise ValueError("--shards is for --source fineweb-edu")
     token_files = {} if named else find_token_files(path)
     spec = o.tokenizer or ("gpt2" if token_files else "bpe")
     if token_files and spec == "bpe":
         raise ValueError(f"{path} holds tokens, which have a vocabulary already: name it, --tokenizer gpt2 for example")
     if token_files and not o.tokenizer and (path / "meta.pkl").exists():
-        raise ValueError(
-            f"{path / 'meta.pkl'}, a pickle, is not opened: name the vocabulary of the tokens, --tokenizer"
-        )
-    if o.vocab_size and spec != "bpe":
-        raise ValueError(f"--vocab_size is for --tokenizer bpe; {spec} has a vocabulary of its own")
+        raise ValueError(f"{path / 'meta.pkl'}, a pickle, is not opened: name the tokens' vocabulary, --tokenizer")
+    for option_name, belongs, what in (
+        ("content", o.source == "python", "--source python"),
+        ("shards", o.source == "fineweb-edu", "--source fineweb-edu"),
+        ("vocab_size", spec == "bpe", "--tokenizer bpe"),
+    ):
+        if getattr(o, option_name) and not belongs:
+            raise ValueError(f"--{option_name} is for {what}")
     name = o.source if named else printable(path.resolve().stem)
     out_dir = Path(o.out_dir or DATA / name).resolve()
-    clean_up(out_dir)
     check_free(out_dir, o.overwrite)
     tokenizer = None if spec == "bpe" else get_tokenizer(spec)
-
-    if not token_files:
-        if o.source == "python":
-            corpus = python_corpus(o.content or "both", o.val_fraction, o.seed)
-        elif named:
-            corpus = named_corpus(o.source, o.shards or 1, o.val_fraction, o.seed)
-        else:
-            corpus = local_corpus(path, o.val_fraction, o.seed)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.new-", dir=out_dir.parent))
+    folder, old = (out_dir.with_name(f".{out_dir.name}.{what}") for what in ("new", "old"))
+    for left in (folder, old):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir()
     try:
-        folder.chmod(0o755)
         if token_files:
-            made = link_tokens(token_files, tokenizer, folder)
-            others = {entry.name for entry in path.iterdir()} - {
-                p.name for files in token_files.values() for p in files
-            }
-            meta, notes = {}, [f"the token files stay where they are: keep {printable(str(path.resolve()), 300)}"]
-            notes += [f"skipped, for token files are there: {listing(sorted(others))}"] if others else []
+            meta = link_tokens(token_files, tokenizer, folder)
+            notes = [f"the token files stay where they are: keep {printable(str(path.resolve()), 300)}"]
+            used = [file for files in token_files.values() for file in files]
+            if others := sorted(file.name for file in path.iterdir() if file not in used):
+                notes += [f"skipped, for token files are there: {listing(others)}"]
         else:
+            if o.source == "python":
+                corpus = python_corpus(o.content or "both", o.val_fraction, o.seed)
+            elif named:
+                corpus = named_corpus(o.source, o.shards or 1, o.val_fraction, o.seed)
+            else:
+                corpus = local_corpus(path, o.val_fraction, o.seed)
             tokenizer = tokenizer or train_bpe(sample(corpus), o.vocab_size or VOCAB_SIZE)
-            made = write_tokens(corpus, tokenizer, folder)
-            meta, notes = corpus.meta, corpus.notes()
-        meta = dict(
-            format=1,
-            source=name,
-            python=sys.version.split()[0],
-            val_fraction=o.val_fraction,
-            seed=o.seed,
-            **made,
-            tokenizer=tokenizer.save(folder),
-            **meta,
-            **(dict(notes=notes) if notes else {}),
-        )
+            meta = write_tokens(corpus, tokenizer, folder) | corpus.meta
+            notes = corpus.notes()
+        origin = dict(source=name, python=sys.version.split()[0], val_fraction=o.val_fraction, seed=o.seed)
+        meta = dict(format=1, **origin, **meta, tokenizer=tokenizer.save(folder), notes=notes)
         write_atomically(folder / META_FILE, json.dumps(meta, indent=1) + "\n")
         open_dataset(folder, verify=False).tokenizer  # nothing is published that cannot be read
-        publish(folder, out_dir)
+        if out_dir.exists():  # no system swaps two folders in one step
+            out_dir.rename(old)
+        folder.rename(out_dir)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already if it was published
+        for left in (folder, old):
+            shutil.rmtree(left, ignore_errors=True)
     dataset = open_dataset(out_dir, verify=False)
     say(describe(dataset))
     say(f"prepared in {time.monotonic() - began:.1f} s: {out_dir}")
@@ -159,10 +149,8 @@ def describe(dataset: Dataset) -> str:
             f"{entry['documents']:>9,} documents  {entry['bytes'] / entry['tokens']:.3f} bytes per token"
         )
     known = ("format", "dtype", "vocab_size", "end_of_text", "splits", "tokenizer", "source", "notes")
-    lines += [f"  {key}: {json.dumps(v)}" for key, v in meta.items() if key not in known and v not in ([], {})]
-    notes = meta.get("notes")
-    lines += [f"  {printable(str(note), 2000)}" for note in notes] if isinstance(notes, list) else []
-    return "\n".join(lines)
+    lines += [f"  {key}: {json.dumps(value)}" for key, value in meta.items() if key not in known]
+    return "\n".join(lines + [f"  {note}" for note in meta.get("notes", [])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,22 +194,19 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
             splits[split]["documents"] += ends
             bar.update(size)
 
-    try:
-        batch, size = [], 0
-        for split, text, ends in corpus.documents():
-            batch.append((split, well_formed(text), ends))
-            size += len(text)
-            if size >= 4 * PIECE:  # several pieces, so that tiktoken can use several threads
-                write(batch)
-                batch, size = [], 0
-        write(batch)
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        bar.close()
-        for file in files.values():
-            file.close()
+    batch, size = [], 0
+    for split, text, ends in corpus.documents():
+        batch.append((split, well_formed(text), ends))
+        size += len(text)
+        if size >= 4 * PIECE:  # several pieces, so that tiktoken can use several threads
+            write(batch)
+            batch, size = [], 0
+    write(batch)
+    bar.close()
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
     for split, entry in splits.items():
         entry["sha256"] = digests[split].hexdigest()
         if not entry["bytes"]:
@@ -278,7 +263,7 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
             arrays.append(map_tokens(path, dtype, count, bool(header)))
             dtypes.add(dtype)
             name = shard_file(split, len(arrays) - 1) if header else SPLITS[split]
-            link(path.resolve(), folder / name)
+            (folder / name).symlink_to(path.resolve())
         digest, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64)
         for path, array in zip(paths, arrays):
             for block in blocks(array):
@@ -306,30 +291,6 @@ def link_tokens(found: dict[str, list[Path]], tokenizer: Tokenizer, folder: Path
     return dict(dtype=dtype, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
 
 
-def link(source: Path, target: Path) -> None:
-    """A link where the system allows one, else a copy."""
-    for how in (os.symlink, os.link):
-        try:
-            return how(source, target)
-        except OSError:
-            continue
-    shutil.copyfile(source, target)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-def clean_up(out_dir: Path) -> None:
-    """Removes what a killed run left beside `out_dir`, and puts a data set back that it had moved aside."""
-    old = out_dir.with_name(f".{out_dir.name}.old-")
-    if old.exists() and not out_dir.exists():
-        os.rename(old, out_dir)
-    for left in out_dir.parent.iterdir() if out_dir.parent.is_dir() else ():
-        if left.name.startswith((f".{out_dir.name}.old-", f".{out_dir.name}.new-")):
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def check_free(out_dir: Path, overwrite: bool) -> None:
     """ValueError unless a data set may be put at `out_dir`: nothing of anyone else's is ever removed."""
     if not out_dir.exists() or out_dir.is_dir() and not any(out_dir.iterdir()):
@@ -338,22 +299,9 @@ def check_free(out_dir: Path, overwrite: bool) -> None:
         raise ValueError(f"--out_dir {out_dir} exists and is not a prepared data set; choose another folder")
     if not overwrite:
         raise ValueError(f"--out_dir {out_dir} holds a data set; add --overwrite to replace it")
-    names = {path.name for path in out_dir.iterdir()} - {META_FILE, TOKENIZER_FILE, *SPLITS.values()}
-    if others := [name for name in sorted(names) if not re.fullmatch(r"(train|val)-\d{5}\.bin", name)]:
+    ours = rf"{META_FILE}|{TOKENIZER_FILE}|(train|val)(-\d{{5}})?\.bin"
+    if others := sorted(path.name for path in out_dir.iterdir() if not re.fullmatch(ours, path.name)):
         raise ValueError(f"--out_dir {out_dir} holds {others[0]!r} beside the data set; move it before --overwrite")
-
-
-def publish(folder: Path, out_dir: Path) -> None:
-    """Renames `folder` to `out_dir`. No system swaps two folders in one step, so the old one steps aside first."""
-    old = out_dir.with_name(f".{out_dir.name}.old-")
-    if out_dir.exists():
-        os.rename(out_dir, old)
-    try:
-        os.rename(folder, out_dir)
-    except OSError:
-        clean_up(out_dir)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,20 +5,20 @@ size stream through. Read next: data/prepare.py, which turns a corpus into token
 """
 
 import ast
+import codecs
 import hashlib
 import http.client
 import importlib.util
 import json
 import os
 import re
-import sys
 import sysconfig
 import urllib.request
 import warnings
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from data.tokenizer import END_OF_TEXT, progress, well_formed
@@ -27,7 +27,6 @@ from options import sha256
 DATA = Path(__file__).resolve().parent
 DOWNLOADS = DATA / "downloads"
 PIECE = 1 << 20  # characters read at once
-RECORD = 64 << 20  # characters of the longest line of a .jsonl file
 
 
 @dataclass
@@ -72,33 +71,25 @@ def python_corpus(content: str, val_fraction: float, seed: int) -> Corpus:
     sources ("both": a docstring is then read where it stands). Modules are read as files, never imported.
 
     All text of one module lies in one split. Topics repeat each other, docstrings sometimes: a paragraph is kept once.
-    Raises ValueError if this Python carries none of it.
+    Raises ValueError if this Python carries no sources.
     """
-    topics, missing = {}, []
+    topics, notes = {}, []
     if content != "code":
         try:
             from pydoc_data.topics import topics  # nothing but data
         except ImportError:
-            missing.append("pydoc_data.topics (the language topics)")
-    archives = [zipfile.Path(p) for p in sys.path if re.search(r"python\d+\.zip$", p) and zipfile.is_zipfile(p)]
-    modules, sources = {}, set()
-    for root in (Path(sysconfig.get_path("stdlib")), *archives):
-        for name, source in python_files(root) if root.is_dir() else ():
-            if source not in sources:
-                sources.add(source)
-                modules[name] = source
+            notes.append("this Python comes without pydoc's language topics")
+    modules = {}
+    for name, source in python_files(Path(sysconfig.get_path("stdlib"))):
+        modules.setdefault(source, name)  # of equal files the first
     if not modules:
-        missing.append("the sources of the standard library")
-    if not modules and not topics:
-        raise ValueError("this Python carries neither its sources nor pydoc's topics: use --source FILE_OR_FOLDER")
+        raise ValueError("this Python comes without its sources: use --source FILE_OR_FOLDER")
 
-    seen, texts = set(), {}  # texts: name -> (kind, text)
+    seen, texts = set(), {}
     for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):  # the long ones are made of short ones
-        text = (
-            str(topics[topic]).replace('\u201c"', '"').replace('"\u201d', '"')
-        )  # quotation marks around quotation marks
-        texts[f"topics/{topic}"] = ("topics", unseen_paragraphs(text, seen))
-    for name, source in modules.items():
+        text = str(topics[topic]).replace('\u201c"', '"').replace('"\u201d', '"')  # quoted twice
+        texts[f"topics/{topic}"] = unseen_paragraphs(text, seen)
+    for source, name in modules.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of invalid escapes in old files
@@ -108,13 +99,10 @@ def python_corpus(content: str, val_fraction: float, seed: int) -> Corpus:
             continue
         if content == "prose":
             module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            texts[name] = ("docstrings", unseen_paragraphs("\n\n".join(docstrings(tree, module)), seen))
+            texts[name] = unseen_paragraphs("\n\n".join(docstrings(tree, module)), seen)
         else:
-            texts[name] = ("code", clean_code(text, tree))
-    texts = {name: (kind, text.strip() + "\n") for name, (kind, text) in texts.items() if len(text) >= 200}
-    bytes_of = dict.fromkeys(("topics", "docstrings", "code"), 0)
-    for kind, text in texts.values():
-        bytes_of[kind] += len(text.encode())
+            texts[name] = clean_code(text, tree)
+    texts = {name: text.strip() + "\n" for name, text in texts.items() if len(text) >= 200}
     # By a hash of each name alone, so that a module stays where it is in every version; at least one on either side.
     order = sorted(texts, key=lambda name: position(name, seed))
     count = sum(position(name, seed) < val_fraction for name in order)
@@ -122,14 +110,15 @@ def python_corpus(content: str, val_fraction: float, seed: int) -> Corpus:
 
     def documents():
         for name in sorted(texts):
-            yield "val" if name in validation else "train", texts[name][1], True
+            yield "val" if name in validation else "train", texts[name], True
 
-    return Corpus(documents, sum(bytes_of.values()), dict(content=content, bytes_of=bytes_of, missing=missing))
+    size = sum(len(text.encode()) for text in texts.values())
+    return Corpus(documents, size, dict(content=content), lambda: notes)
 
 
-def python_files(folder, prefix="") -> Iterator[tuple[str, bytes]]:
-    """(path below `folder`, content) of the modules there; `folder` is a Path or a zipfile.Path."""
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+def python_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+    """(path below `folder`, content) of the modules there."""
+    entries = sorted(folder.iterdir())
     for entry in entries:
         if entry.name.endswith(".py") and not entry.name.startswith("_sysconfigdata") and entry.is_file():
             yield prefix + entry.name, entry.read_bytes()
@@ -195,7 +184,8 @@ def clean_code(text: str, tree: ast.Module) -> str:
 # Local files
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is read in a folder
-COMPRESSED, UNPACK = (".gz", ".zst", ".zip", ".bz2", ".xz", ".7z"), "compressed: unpack it first"
+COMPRESSED = (".gz", ".zst", ".zip", ".bz2", ".xz", ".7z")
+DIVIDED = tuple(END_OF_TEXT[:n] for n in range(1, len(END_OF_TEXT)))  # how a piece ends that was cut inside of it
 
 
 @dataclass
@@ -205,104 +195,83 @@ class TextFile:
     path: Path
     name: str  # below the source
     encoding: str
-    bytes: int = 0  # of its text, in UTF-8, as far as is known
+    bytes: int = 0  # of its text, in UTF-8
+    records: int = 0  # of a .jsonl file
     val_share: float = 0.0  # to validate on: 0 nothing, 1 all of it, between: it is cut
-    by_record: bool = False  # cut by a hash of each record, not at the end
-    replaced: int = 0  # bytes that were not in the encoding
+    replaced: int = 0  # U+FFFD in it, which stands for what was not in the encoding
     divisions: int = 0  # <|endoftext|> in the text
-
-    @property
-    def records(self) -> bool:
-        return self.path.suffix.lower() == ".jsonl"
 
     def texts(self) -> Iterator[tuple[str, bool]]:
         """(text, ends): the documents in order, the last text of each with `ends` set. ValueError for a bad record."""
-        self.replaced = self.divisions = 0
-        errors = "surrogateescape" if self.encoding == "utf-8-sig" else "replace"
-        with open(self.path, encoding=self.encoding, errors=errors, newline="\n") as stream:
-            if self.records:
-                for text in self._records(stream):
-                    yield text, True
+        self.replaced = self.divisions = self.records = 0
+        with open(self.path, encoding=self.encoding, errors="replace", newline="\n") as stream:
+            if self.path.suffix.lower() == ".jsonl":
+                parts = self._records(stream)
             elif self.path.suffix.lower() == ".txt":
-                yield from self._divided(self._pieces(stream))
+                parts = self._divided(self._pieces(stream))
             else:
-                for text in self._pieces(stream):
-                    yield text, False
-                yield "", True
-
-    def _repair(self, text: str) -> str:
-        """`text` with U+FFFD for each byte that was not in the encoding."""
-        if not text.isascii():
-            wrong = "[\udc80-\udcff]" if self.encoding == "utf-8-sig" else "\ufffd"  # as the decoder left them
-            text, count = re.subn(wrong, "\ufffd", text)
-            self.replaced += count
-        return text
+                parts = chain(((piece, False) for piece in self._pieces(stream)), [("", True)])
+            for text, ends in parts:
+                self.replaced += text.count("\ufffd")
+                yield text, ends
 
     def _pieces(self, stream) -> Iterator[str]:
-        """The text in pieces of about PIECE characters, cut before a newline or else a space, never in END_OF_TEXT."""
-        rest = ""
-        while block := stream.read(PIECE):
-            text = rest + self._repair(block)
-            cut = text.rfind("\n") if text.rfind("\n") > 0 else text.rfind(" ")
-            if cut <= 0:
-                begun = (n for n in range(len(END_OF_TEXT) - 1, 0, -1) if text.endswith(END_OF_TEXT[:n]))
-                cut = len(text) - next(begun, 0)
-            if cut:
-                yield text[:cut]
-            rest = text[cut:]
-        if rest:
-            yield rest
+        """The text in pieces of PIECE characters and what is left of a line (of a long line, as much again)."""
+        while piece := stream.read(PIECE):
+            piece += stream.readline(PIECE)
+            while piece.endswith(DIVIDED) and (more := stream.read(1)):
+                piece += more
+            yield piece
 
     def _divided(self, pieces) -> Iterator[tuple[str, bool]]:
-        """Documents between the spellings of END_OF_TEXT, without the white space around those. A text that has none is
-        one document, as it stands."""
-        waiting, begun = "", False  # text not yet yielded; whether some of its document was
+        """Documents between the spellings of END_OF_TEXT, without the white space around those."""
+        begun = False  # whether some of the document was yielded
         for piece in pieces:
-            for i, part in enumerate(piece.split(END_OF_TEXT)):
-                if i:
-                    self.divisions += 1
-                    if begun or waiting.strip():
-                        yield waiting.rstrip(), True
-                    waiting, begun = "", False
-                elif waiting and part.strip():
-                    yield waiting, False
-                    waiting, begun = "", True
-                waiting += part.lstrip() if self.divisions and not begun and not waiting else part
-        if self.divisions:
-            waiting = waiting.rstrip()
-        if begun or waiting:
-            yield waiting, True
+            *ended, rest = piece.split(END_OF_TEXT)
+            for text in ended:
+                text = text.rstrip() if begun or not self.divisions else text.strip()
+                self.divisions += 1
+                if begun or text:
+                    yield text, True
+                begun = False
+            rest = rest.lstrip() if self.divisions and not begun else rest
+            if rest:
+                yield rest, False
+                begun = True
+        if begun:
+            yield "", True
 
-    def _records(self, stream) -> Iterator[str]:
-        number = 0
-        while line := stream.readline(RECORD):
-            number += 1
-            if len(line) == RECORD:
-                raise ValueError(f"{self.path}, line {number}: longer than {RECORD} characters")
+    def _records(self, stream) -> Iterator[tuple[str, bool]]:
+        for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(self._repair(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise ValueError(f'{self.path}, line {number}: no object with a string in "text"')
-            yield record["text"]
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{self.path}, line {number}: not a JSON object with a string in "text"')
+            self.records += 1
+            yield text, True
 
 
 def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
     """A text file, a .jsonl file (with a "text" field in each line), or all SUFFIXES below a folder.
 
-    Validation is whole files, of about `val_fraction` of the bytes; where whole files cannot give that, the end of the
-    largest, or some of its records. Raises ValueError, naming the file and the reason, if there is no text.
+    Validation is `val_fraction` of the bytes, in whole files but one. Raises ValueError, naming the file and the
+    reason, if there is no text.
     """
     files, skipped = find_texts(source)
-    for file, _, size in measure([file for file in files if not file.bytes], "measuring the text"):
-        file.bytes += size
+    bar = progress("measuring the text", sum(file.path.stat().st_size for file in files))
+    for file in files:
+        for text, _ in file.texts():
+            file.bytes += (size := len(well_formed(text).encode()))
+            bar.update(size)
+    bar.close()
     if not sum(file.bytes for file in files):
         why = "; ".join(skipped_notes(skipped)) or "nothing there, or records that are empty"
         raise ValueError(f"--source {source}: no text in {', '.join(SUFFIXES)} files there ({why})")
-    divide_files(files, val_fraction, seed, skipped)
+    files = divide_files(files, val_fraction, seed, skipped)
     return Corpus(
         lambda: (document for file in files for document in split_documents(file, seed)),
         sum(file.bytes for file in files),
@@ -310,94 +279,58 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
     )
 
 
-def measure(files: list[TextFile], what: str) -> Iterator[tuple[TextFile, str, int]]:
-    """(file, text, its bytes in UTF-8) of all texts of the files."""
-    bar = progress(what, sum(file.path.stat().st_size for file in files))
-    for file in files:
-        for text, _ in file.texts():
-            size = len(well_formed(text).encode())
-            bar.update(size)
-            yield file, text, size
-    bar.close()
-
-
 def find_texts(source: Path) -> tuple[list[TextFile], dict[str, list[str]]]:
     """The files to read, sorted, and {reason: names} of the others. Links are followed, each file is read once."""
-    files, skipped, seen = [], defaultdict(list), {os.path.realpath(source)}
-    bar = progress("looking at files", unit=" files")
+    if not source.is_dir():
+        encoding, why = recognise(source)
+        if why:
+            hint = "; for token files give their folder" if source.suffix == ".bin" else ""
+            raise ValueError(f"--source {source}: the file is {why}{hint}")
+        return [TextFile(source, source.name, encoding)], {}
+    files, skipped, seen = [], defaultdict(list), {source.resolve()}
 
-    def look(folder, prefix):
-        try:
-            paths = sorted(folder.iterdir())
-        except OSError:
-            return skipped["unreadable"].append(prefix)
-        for path in paths:
-            name, real, suffix = prefix + path.name, os.path.realpath(path), path.suffix.lower()
+    def look(folder):
+        for path in sorted(folder.iterdir()):
+            name, real, suffix = path.relative_to(source).as_posix(), path.resolve(), path.suffix.lower()
             if path.name.startswith("."):
                 skipped["hidden"].append(name)
             elif real in seen:
                 skipped["linked again"].append(name)
             elif path.is_dir():
                 seen.add(real)
-                look(path, name + "/")
-            elif suffix not in SUFFIXES:
-                skipped[UNPACK if suffix in COMPRESSED else suffix or "without a suffix"].append(name)
+                look(path)
+            elif suffix not in SUFFIXES + COMPRESSED:
+                skipped[suffix or "without a suffix"].append(name)
             else:
                 seen.add(real)
-                file, why = recognise(path, name)
-                skipped[why].append(name) if why else files.append(file)
-            bar.update(1)
+                encoding, why = recognise(path)
+                skipped[why].append(name) if why else files.append(TextFile(path, name, encoding))
 
-    if source.is_dir():
-        look(source, "")
-    else:
-        file, why = recognise(source, source.name)
-        if why:
-            hint = "; for token files give their folder" if source.suffix == ".bin" else ""
-            raise ValueError(f"--source {source}: the file is {why}{hint}")
-        files.append(file)
-    bar.close()
+    look(source)
     return files, skipped
 
 
-def recognise(path: Path, name: str) -> tuple[TextFile | None, str]:
-    """The file with its encoding, or None and the reason why it is not read: "empty", "binary" and the like."""
+def recognise(path: Path) -> tuple[str, str]:
+    """(encoding, why the file is not read: "empty", "binary" and the like, or nothing)."""
+    if path.suffix.lower() in COMPRESSED:
+        return "", "compressed: unpack it first"
     try:
-        if not path.is_file():
-            return None, "unreadable"
         with open(path, "rb") as stream:
             head = stream.read(1 << 16)
     except OSError:
-        return None, "unreadable"
-    if not head:
-        return None, "empty"
-    if path.suffix.lower() in COMPRESSED:
-        return None, UNPACK
-    marks = {"utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "utf-16": (b"\xff\xfe", b"\xfe\xff")}
-    encoding = next((name for name, mark in marks.items() if head.startswith(mark)), "utf-8-sig")
-    if encoding == "utf-8-sig":
-        even, odd = head[0::2].count(0), head[1::2].count(0)
-        if max(even, odd) > 0.15 * len(head) and min(even, odd) < 0.05 * len(head):
-            return None, "UTF-16 without a byte order mark: iconv -f UTF-16 -t UTF-8 converts it"
-        if sum(head.count(code) for code in (*range(8), *range(14, 27), *range(28, 32))) > 0.02 * len(head):
-            return None, "binary"
-    file = TextFile(path, name, encoding)
-    if encoding == "utf-8-sig" and not file.records:
-        file.bytes = path.stat().st_size  # else only reading it tells
-    return file, ""
+        return "", "unreadable"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16", ""
+    if b"\0" in head:
+        return "", "binary, or UTF-16 without a byte order mark (iconv -f UTF-16 -t UTF-8 converts it)"
+    return "utf-8-sig", "" if head else "empty"
 
 
-def about(share, wanted) -> bool:
-    """Whether validation has about the size that was asked for: within a quarter."""
-    return 0.75 * wanted <= share <= 1.25 * wanted
+def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped: dict) -> list[TextFile]:
+    """Sets the share of each file to validate on; returns the files that are used.
 
-
-def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped: dict) -> None:
-    """Sets the share of each file to validate on.
-
-    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise a hash of each name chooses, so that a
-    file stays where it is as others come and go; if that gives another share of the bytes, files are taken in the
-    order of the hashes while they fit, and if that gives too little, the largest file is cut.
+    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise the first files by a hash of each name
+    are for validation, up to `val_fraction` of the bytes, and the file on the border is cut: adding files moves few.
     """
     named = defaultdict(list)
     for file in files if len(files) > 1 else ():
@@ -409,82 +342,54 @@ def divide_files(files: list[TextFile], val_fraction: float, seed: int, skipped:
             raise ValueError("there is text to validate on and none to train on: name a file train.*")
         for file in validation:
             file.val_share = 1.0
-        used = {file.name for file in training + validation}
-        skipped["beside train and val"] = [file.name for file in files if file.name not in used]
-        files[:] = [file for file in files if file.name in used]
-        return
-
-    total = sum(file.bytes for file in files)
-    wanted = val_fraction * total
-    order = sorted(files, key=lambda file: position(file.name, seed))
-    chosen = [file for file in order if position(file.name, seed) < val_fraction]
-    size = sum(file.bytes for file in chosen)
-    if not about(size, wanted):
-        chosen, size = [], 0
-        for file in order:
-            if size + file.bytes <= wanted:
-                chosen.append(file)
-                size += file.bytes
-    for file in chosen:
-        file.val_share = 1.0
-    if not about(size, wanted):
-        largest = max((file for file in files if not file.val_share), key=lambda file: file.bytes)
-        largest.val_share = (wanted - size) / largest.bytes
-        largest.bytes = drawn = 0  # to cut it, its size must be exact
-        for _, text, n in measure([largest], f"measuring {printable(largest.name)}"):
-            largest.bytes += n
-            drawn += n if largest.records and split_of(text, largest.val_share, seed) == "val" else 0
-        # Many records are split as a hash of each one says; a few long ones are cut.
-        largest.by_record = largest.records and about(drawn, largest.val_share * largest.bytes)
+        used = [file for file in files if file in training or file in validation]
+        skipped["beside train and val"] = [file.name for file in files if file not in used]
+        return used
+    left = val_fraction * sum(file.bytes for file in files)
+    for file in sorted(files, key=lambda file: position(file.name, seed)):
+        file.val_share = min(1.0, left / max(1, file.bytes))
+        left = max(0, left - file.bytes)
+    return files
 
 
 def split_documents(file: TextFile, seed: int) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, ends) of one file."""
+    """(split, text, ends) of one file. A file for both splits is cut near its end; of many records a hash of each
+    decides, which keeps equal ones together."""
     if file.val_share in (0, 1):
         split = "val" if file.val_share else "train"
         return ((split, text, ends) for text, ends in file.texts())
-    if file.by_record:
+    if file.val_share * file.records >= 50:
         return ((split_of(text, file.val_share, seed), text, ends) for text, ends in file.texts())
-    return cut_documents(file.texts(), (1 - file.val_share) * file.bytes, 0.1 * file.val_share * file.bytes)
+    return cut_documents(file.texts(), (1 - file.val_share) * file.bytes)
 
 
-def cut_documents(texts, train_bytes: float, short: float) -> Iterator[tuple[str, str, bool]]:
-    """`train_bytes` to train on, the rest to validate on. A document of less than `short` bytes stays whole, another
-    one is cut at the end of a line or a word."""
-    done, split, begins = 0, "train", True
+def cut_documents(texts, train_bytes: float) -> Iterator[tuple[str, str, bool]]:
+    """`train_bytes` to train on, the rest to validate on, cut at the end of a line or a word."""
+    done, split = 0, "train"
     for text, ends in texts:
-        encoded = well_formed(text).encode()
-        if split == "train" and done + len(encoded) > train_bytes:
-            split = "val"
-            if not (done and begins and ends and len(encoded) <= short):
-                cut = max(0, int(train_bytes) - done)
-                line_or_word = [encoded.find(mark, cut) + 1 for mark in (b"\n", b" ")]
-                cut = next((end for end in line_or_word if 0 < end < len(encoded)), cut)
-                while cut < len(encoded) and encoded[cut] & 0xC0 == 0x80:  # inside a character
-                    cut += 1
-                if cut or not begins:
-                    yield "train", encoded[:cut].decode(), True
-                text = encoded[cut:].decode()
+        size = len(well_formed(text).encode())
+        if split == "train" and done + size > train_bytes:
+            at = max(1, int(len(text) * (train_bytes - done) / size))
+            at = text.find("\n", at, -1) + 1 or text.find(" ", at, -1) + 1 or at
+            yield "train", text[:at], True
+            split, text = "val", text[at:]
         yield split, text, ends
-        done, begins = done + len(encoded), ends
+        done += size
 
 
 def text_notes(files: list[TextFile]) -> list[str]:
     divisions, replaced = (sum(getattr(file, count) for file in files) for count in ("divisions", "replaced"))
     kinds = {
-        f"divided into documents at {divisions:,} {END_OF_TEXT}": lambda file: file.divisions,
-        "decoded from UTF-16 or UTF-32": lambda file: file.encoding != "utf-8-sig",
-        f"replaced {replaced:,} bytes that are no UTF-8": lambda file: file.replaced,
-        "more than one byte in a thousand is no UTF-8 (iconv converts)": lambda file: 1000 * file.replaced > file.bytes,
+        f"divided into documents at {divisions:,} {END_OF_TEXT}": [file.name for file in files if file.divisions],
+        "decoded from UTF-16": [file.name for file in files if file.encoding == "utf-16"],
+        f"{replaced:,} U+FFFD, which replace what is no UTF-8": [file.name for file in files if file.replaced],
     }
-    chosen = {what: [file.name for file in files if belongs(file)] for what, belongs in kinds.items()}
-    return [f"{what}: {listing(names)}" for what, names in chosen.items() if names]
+    return [f"{what}: {listing(names)}" for what, names in kinds.items() if names]
 
 
 def skipped_notes(skipped: dict[str, list[str]]) -> list[str]:
     kinds = [f"{reason}: {listing(names)}" for reason, names in skipped.items() if names]
-    more = f"; and {len(kinds) - 12} other kinds" if kinds[12:] else ""
-    return [f"skipped: {'; '.join(kinds[:12])}{more}"] if kinds else []
+    return [f"skipped: {'; '.join(kinds)}"] if kinds else []
 
 
 def listing(names: list[str]) -> str:
@@ -501,10 +406,9 @@ def printable(text: str, length: int = 100) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Named corpora, each of a pinned revision, so that a file never changes
 
-SHAKESPEARE = (  # URL, bytes, SHA-256
+SHAKESPEARE = (  # URL, SHA-256
     "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
     "tinyshakespeare/input.txt",
-    1115394,
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
 HUB = {  # name: (repository on huggingface.co/datasets, revision, files)
@@ -540,7 +444,7 @@ def named_corpus(name: str, shards: int, val_fraction: float, seed: int) -> Corp
         texts[1].val_share = 1.0
         return Corpus(
             lambda: (document for file in texts for document in split_documents(file, seed)),
-            sum(file.bytes for file in texts),
+            sum(file.path.stat().st_size for file in texts),
             meta,
             lambda: text_notes(texts),
         )
@@ -574,39 +478,19 @@ def hub_file(repository: str, revision: str, file: str) -> Path:
         raise OSError(f"could not download {file} of {repository} ({reason}): connect, or {OTHERWISE}") from None
 
 
-def download(path: Path, url: str, size: int, checksum: str) -> None:
-    """Downloads `url` to `path` unless it is there. What has arrived is kept beside it as .part and gone on with.
-
-    OSError if the file cannot be had; ValueError, and nothing kept, if it is not the one of `size` and `checksum`.
-    """
-    if path.is_file():
-        if path.stat().st_size != size or sha256(path) != checksum:
-            raise ValueError(f"{path} is not the expected file of {size:,} bytes: remove it and run again")
-        return
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    if have < size:
-        request = urllib.request.Request(url, headers={"User-Agent": "nanoMEA", "Range": f"bytes={have}-"})
-        bar = progress(f"downloading {path.name}", size)
+def download(path: Path, url: str, checksum: str) -> None:
+    """Downloads the small file at `url` to `path` unless it is there. OSError if it cannot be had; ValueError, and
+    nothing kept, if its SHA-256 is another."""
+    if not path.is_file():
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                resumed = response.status == 206
-                with open(part, "ab" if resumed else "wb") as file:  # a server may ignore ranges and send everything
-                    bar.update(have if resumed else 0)
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        bar.update(len(block))
-            reason = "the connection broke"
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
         except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())
-        finally:
-            bar.close()
-        have = part.stat().st_size if part.exists() else 0
-        if have < size:
-            kept = f"{have:,} of {size:,} bytes are kept, run it again to go on" if have else "connect to the network"
-            raise OSError(f"could not download {url} ({reason}): {kept}, or {OTHERWISE}")
-    if part.stat().st_size != size or sha256(part) != checksum:
-        part.unlink()
-        raise ValueError(f"{url} is not the expected file of {size:,} bytes: it has changed, or arrived damaged")
-    os.replace(part, path)
+            raise OSError(f"could not download {url} ({error}): connect to the network, or {OTHERWISE}") from None
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise ValueError(f"{url} is not the expected file: it has changed, or arrived damaged; {OTHERWISE}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        os.replace(path.with_suffix(".part"), path)
+    elif sha256(path) != checksum:
+        raise ValueError(f"{path} is not the expected file: remove it and run again")

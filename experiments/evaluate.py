@@ -51,14 +51,8 @@ except ImportError:  # main says so in one line
     TemplateLM = object
 
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of a task's generation
-NAMES = dict(
-    piqa="PIQA",
-    openbookqa="OBQA",
-    winogrande="WinoGrande",
-    hellaswag="HellaSwag",
-    arc_easy="ARC-e",
-    arc_challenge="ARC-c",
-)
+NAMES = dict(piqa="PIQA", openbookqa="OBQA", winogrande="WinoGrande")  # of the paper's tasks, in its table
+NAMES |= dict(hellaswag="HellaSwag", arc_easy="ARC-e", arc_challenge="ARC-c")
 
 
 class Harness(TemplateLM):
@@ -118,9 +112,7 @@ class Harness(TemplateLM):
             for (index, ids, targets), x in zip(batch, hidden):
                 logits = self.model.lm_head(x[len(ids) - len(targets) : len(ids)]).float()  # (N, V)
                 if not logits.isfinite().all():
-                    raise ValueError(
-                        "the model's logits are not finite: its weights are damaged, or training had diverged"
-                    )
+                    raise ValueError("the model's logits are not finite: damaged weights, or training had diverged")
                 wanted = torch.tensor(targets, device=self.device, dtype=torch.long)
                 totals[index] += logits.log_softmax(-1).gather(-1, wanted[:, None]).double().sum().item()
                 greedy[index] &= bool((logits.argmax(-1) == wanted).all())
@@ -167,9 +159,8 @@ def generation_settings(settings):
     """(until strings, arguments of GPT.generate) of a task's settings. Raises ValueError for one that is not known."""
     known = normalize_gen_kwargs(settings)
     if unknown := known.keys() - SETTINGS:
-        raise ValueError(
-            f"a task's generation setting {min(unknown)!r} is not implemented: leave it out of its YAML file"
-        )
+        setting = f"a task's generation setting {min(unknown)!r}"
+        raise ValueError(f"{setting} is not implemented: leave it out of its YAML file")
     return known["until"], dict(
         max_new_tokens=known["max_gen_toks"],
         temperature=float(known.get("temperature", 1.0 if known["do_sample"] else 0.0)),
@@ -188,11 +179,10 @@ def load_tasks(names, include_path=None):
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # whatever the network, a data set's own code or a YAML file came to
-            raise ValueError(
-                f"task {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}); without a network, its "
-                "data has to be local: --include_path FOLDER with a YAML file of a task over JSON lines "
-                "(dataset_path: json), as --help shows"
-            ) from error
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            how = "without a network, its data has to be local: --include_path FOLDER with a YAML file of a task over"
+            how += " JSON lines (dataset_path: json), as --help shows"
+            raise ValueError(f"task {name} cannot be loaded ({why}); {how}") from error
     return list(tasks.values())
 
 

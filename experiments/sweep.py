@@ -83,10 +83,8 @@ def variant_options(variant):
     name, colon, compose = name.partition(":")
     known = variants()
     if name not in known or bool(at) != cached.isdecimal() or bool(colon) != (compose == "diagonal"):
-        raise ValueError(
-            f"no variant {variant}: choose from {', '.join(known)}, with :diagonal for one number per head, "
-            "with @n for n cached heads"
-        )
+        how = "with :diagonal for one number per head, with @n for n cached heads"
+        raise ValueError(f"no variant {variant}: choose from {', '.join(known)}, {how}")
     return [*known[name], *(["--compose", compose] if colon else []), *(["--n_kv_head", cached] if at else [])]
 
 
@@ -121,36 +119,19 @@ class Setting:
         return [root / f"{self.name}-seed{seed}" for seed in range(seeds)]
 
 
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    options: list  # for train.py
-    steps: int
-    warmup_steps: int
-    save_every: int
-    step_flops: float
-
-    def start(self):
-        """The process of the run, new or resumed; its text goes to a file beside the folder."""
-        command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(self.folder)]
-        if (self.folder / "checkpoint.pt").exists():
-            command += ["--resume"]
-        else:
-            command += ["--overwrite", *self.options]
-            for stale in self.folder.glob("compose-*.npz"):
-                stale.unlink()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.folder}.log", "a") as log:
-            # A session of its own: Ctrl-C reaches the sweep alone, which tells each run once. Told twice, none saves.
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def flops_left(self):
-        """As the run stands now, or will when it is resumed from its last regular checkpoint."""
-        if finished(self.folder) or diverged(self.folder):
-            return 0
-        lines = read_lines(self.folder) if (self.folder / "checkpoint.pt").exists() else []
-        done = lines[-1]["step"] // self.save_every * self.save_every if lines else 0
-        return self.step_flops * (self.steps - done)
+def start(folder, options):
+    """The process of a run, new or resumed; its text goes to a file beside the folder."""
+    command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(folder)]
+    if (folder / "checkpoint.pt").exists():
+        command += ["--resume"]
+    else:
+        command += ["--overwrite", *options]
+        for stale in folder.glob("compose-*.npz"):
+            stale.unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        # A session of its own: Ctrl-C reaches the sweep alone, which tells each run once. Told twice, none saves.
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def read_lines(folder):
@@ -182,34 +163,29 @@ def diverged(folder):
     return folder.exists() and log.exists() and "stopped before the update" in log.read_text(errors="replace")[-1000:]
 
 
-def plan_run(folder, options):
-    """The Run of a folder. Raises ValueError for options that train.py would refuse, or a folder with another run."""
+def check_run(folder, options):
+    """ValueError for options that train.py would refuse, or a folder with another run; else the options read."""
     o, _ = parse_options(train.Options, options, train.PRESETS)
-    config = build_config(o)
+    build_config(o)
     saved = read_config(folder, "options")
     for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
         if saved[name] != getattr(o, name):
-            raise ValueError(
-                f"{folder} holds a run with {name} {saved[name]}, not {getattr(o, name)}: give another --out_dir, "
-                "or remove it"
-            )
-    flops = config.flops_per_token() * o.batch_size * o.grad_accum * config.block_size
-    return Run(folder, options, o.max_steps, o.warmup_steps, o.save_every, flops)
+            other = f"a run with {name} {saved[name]}, not {getattr(o, name)}"
+            raise ValueError(f"{folder} holds {other}: give another --out_dir, or remove it")
+    return o
 
 
 def run_all(runs, jobs, at_end, snapshots=False):
-    """Run what is not finished, `jobs` at a time, and call `at_end` after each.
+    """Do the runs, {folder: options of train.py}, that are not done, `jobs` at a time; call `at_end` after each.
 
     A run that fails, other than by diverging, ends the sweep: SystemExit. However it ends, the runs save and stop.
     """
-    waiting = [run for run in runs if run.flops_left()]
-    queue, going, taken, shown = [*waiting], {}, {}, 0
-    work, began = sum(run.flops_left() for run in waiting), time.monotonic()
+    queue, going, taken = [folder for folder in runs if not finished(folder) and not diverged(folder)], {}, {}
     try:
         while queue or going:
             while queue and len(going) < jobs:
-                run = queue.pop(0)
-                going[run.folder] = run.start()
+                folder = queue.pop(0)
+                going[folder] = start(folder, runs[folder])
             time.sleep(0.2)
             ended = [folder for folder, process in going.items() if process.poll() is not None]
             for folder in going if snapshots else []:  # those that ended, too: their last checkpoint is there now
@@ -220,21 +196,12 @@ def run_all(runs, jobs, at_end, snapshots=False):
                     command = " ".join(process.args)
                     raise SystemExit(f"error: {command} ended with {process.returncode}: see {folder}.log")
                 at_end()
-            if ended or time.monotonic() - shown > 60:
-                shown = time.monotonic()
-                left = [flops for run in waiting if (flops := run.flops_left())]
-                print(progress(len(runs), len(left), shown - began, work, sum(left)), flush=True)
+                print(f"{len(runs) - len(queue) - len(going)}/{len(runs)} runs", flush=True)
     finally:
         for process in going.values():
             process.terminate()
         for process in going.values():
             process.wait()
-
-
-def progress(runs, runs_left, seconds, work, work_left):
-    """How far a sweep is; `work` (FLOPs) is what there was to do at its start, `work_left` what there is now."""
-    eta = f"ETA {seconds / (work - work_left) * work_left / 60:.0f} min" if work_left < work else "ETA unknown yet"
-    return f"{runs - runs_left}/{runs} runs, {eta}"
 
 
 def snapshot(folder, taken):
@@ -642,9 +609,8 @@ def draw_runs(root, results, outcomes, seeds):
 
 
 def parse(argv):
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--variants", default=DEFAULT, help="variants with commas between them (default: %(default)s)")
     add("--sizes", default="", help="presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
@@ -685,10 +651,8 @@ def plan(a, rest):
         own = read_rates(ROOT / a.rates_from)
         settings = [Setting(s.variant, own.get((s.size, s.variant)), s.size) for s in settings]
         if missing := [s.name for s in settings if not s.learning_rate]:
-            raise ValueError(
-                f"{a.rates_from} has no stable rate for {', '.join(missing)}: leave it out, or choose again from "
-                "smaller rates"
-            )
+            how = "leave it out, or choose again from smaller rates"
+            raise ValueError(f"{a.rates_from} has no stable rate for {', '.join(missing)}: {how}")
     ours = {word.removeprefix("--") for s in settings for word in s.options(0) if word.startswith("--")}
     ours |= {"head_norm", "resume", "overwrite"} | ({"schedule"} if a.choose_rates else set())
     _, given = parse_options(train.Options, rest, train.PRESETS)
@@ -698,15 +662,12 @@ def plan(a, rest):
     if a.jobs > 1 and "threads" not in given:
         rest += ["--threads", str(max(1, os.cpu_count() // a.jobs))]
     root = ROOT / (a.out_dir or ("out/rates" if a.choose_rates else "out/sweep"))
-    runs = [
-        plan_run(s.folders(root, a.seeds)[seed], s.options(seed) + rest) for seed in range(a.seeds) for s in settings
-    ]
-    for run in runs:
-        if a.choose_rates and run.steps - run.warmup_steps < 10:
-            raise ValueError(
-                f"choose_rates fits what comes after the warm-up: {run.steps} steps with {run.warmup_steps} of warm-up "
-                "are too few"
-            )
+    runs = {s.folders(root, a.seeds)[seed]: s.options(seed) + rest for seed in range(a.seeds) for s in settings}
+    for folder, options in runs.items():
+        o = check_run(folder, options)
+        if a.choose_rates and o.max_steps - o.warmup_steps < 10:
+            few = f"{o.max_steps} steps with {o.warmup_steps} of warm-up are too few"
+            raise ValueError(f"choose_rates fits what comes after the warm-up: {few}")
     kinds = dict(rates=a.choose_rates, own_rates=a.rates_from, learning_rates=a.learning_rates, losses=True)
     name = next(kind for kind, given in kinds.items() if given)
     return settings, runs, root, ROOT / (a.results or f"experiments/results/{name}")

@@ -189,23 +189,13 @@ INSIDE = ("writing", "unsynced", "unnamed", "between")
 def kills(lab):
     """SIGKILL, half of the times at a chosen place of saving, the others at any moment of the process's life."""
     folder, total, step, problems = lab.work / "killed", steps_logged(lab.undisturbed), 0, []
-    seen, left_behind = (
-        dict.fromkeys(("anywhere", *INSIDE), 0),
-        dict.fromkeys(("checkpoint.tmp", "no checkpoint.pt"), 0),
-    )
-
-    def traces():
-        new, current = folder / "checkpoint.tmp", folder / "checkpoint.pt"
-        left = new.stat().st_mtime_ns if new.exists() else 0
-        return {"checkpoint.tmp": left, "no checkpoint.pt": bool(step) and not current.exists()}
-
+    seen = dict.fromkeys(("anywhere", *INSIDE), 0)
     for kill in range(lab.kills):
         # steps until the next kill: as many kills as asked for fit into the run, and none comes after its end
         budget = max(2, min(2 * (total - step) // (lab.kills - kill + 1), total - step - 3))
         kind = "anywhere" if kill % 2 else INSIDE[kill // 2 % len(INSIDE)]
         if total - step < 5:  # nearly done: a kill that leaves no progress
             kind, budget = "writing", 2
-        before = traces()
         fault = None if kind == "anywhere" else f"{kind}:{lab.rng.randrange(1, budget)}"
         process = lab.resume(folder, fault=fault) if step else lab.start(folder, "--overwrite", fault=fault)
         if kind == "anywhere":
@@ -222,16 +212,13 @@ def kills(lab):
             problems.append(f"kill {kill + 1} ({kind}): exit code {code}, {errors.strip()[-200:]}")
             break
         seen[kind] += 1
-        for thing, trace in traces().items():  # not those that an earlier kill left
-            left_behind[thing] += bool(trace) and trace != before[thing]
         after = saved_step(folder)
         if after < step - 1:  # a kill between the renames costs one checkpoint, never two
             problems.append(f"kill {kill + 1} ({kind}): from step {step} back to {after}")
         step = after
     else:
         survived, words = lab.ends_as_undisturbed(folder)
-        counts = [", ".join(f"{number} {kind}" for kind, number in of.items()) for of in (seen, left_behind)]
-        what = f"{counts[0]}; left behind: {counts[1]}; {words}"
+        what = ", ".join(f"{number} {kind}" for kind, number in seen.items()) + f"; {words}"
         yield f"SIGKILL, {lab.kills} times in one run", what, survived and not problems
     for problem in problems:
         yield "SIGKILL", problem, False

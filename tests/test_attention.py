@@ -6,19 +6,8 @@ import pytest
 import torch
 
 import attention as attention_file
-from attention import (
-    ATTENTION,
-    DFA,
-    MEA,
-    MHA,
-    HeadNorm,
-    TalkingHeads,
-    apply_rope,
-    causal_attention,
-    compose_heads,
-    rms_norm,
-    rope_table,
-)
+from attention import ATTENTION, DFA, MEA, MHA, HeadNorm, TalkingHeads
+from attention import apply_rope, causal_attention, compose_heads, rms_norm, rope_table
 from model import GPTConfig, KVCache
 
 # odd sizes on purpose: batch 3, 17 positions, heads 6 wide
@@ -38,9 +27,8 @@ def make(attention, *, seed=0, n_kv_head=None, scramble=True, **fields):
 
 
 def inputs(seed=1, batch=B, length=T):
-    return torch.randn(
-        batch, length, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, C, dtype=torch.float64, generator=generator, requires_grad=True)
 
 
 def rope(start, stop):
@@ -58,9 +46,8 @@ def assert_same_function(first, second, shared, x):
         leaf = x.detach().clone().requires_grad_()
         y = layer(leaf, rope(0, x.size(1)))
         weights = [leaf] + [layer.get_parameter(name) for name in shared]
-        gradients.append(
-            torch.autograd.grad((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum(), weights)
-        )
+        direction = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+        gradients.append(torch.autograd.grad(y, weights, direction))
         outputs.append(y)
     assert_same(*outputs)
     for a, b in zip(*gradients):
@@ -120,13 +107,9 @@ def test_rope_commutes_with_composition():
 def test_rope_is_the_half_rotation_of_llama():
     x = torch.randn(1, 5, 1, D, dtype=torch.float64)
     y = apply_rope(x, rope(0, 5))
-    for t in range(5):
-        for i in range(D // 2):
-            turn = torch.polar(
-                torch.ones((), dtype=torch.float64), torch.tensor(t * 10000.0 ** (-2 * i / D), dtype=torch.float64)
-            )
-            pair = torch.complex(x[0, t, 0, i], x[0, t, 0, i + D // 2]) * turn
-            assert_same(torch.stack((y[0, t, 0, i], y[0, t, 0, i + D // 2])), torch.stack((pair.real, pair.imag)), 1e-6)
+    as_complex = lambda heads: torch.complex(*heads[0, :, 0].chunk(2, dim=-1))  # (T, D/2): channels i and i + D/2
+    angles = torch.arange(5.0)[:, None] * 10000.0 ** (-2 * torch.arange(D // 2) / D)
+    assert_same(as_complex(y), as_complex(x) * torch.exp(1j * angles.double()), 1e-6)
 
 
 def test_composition_is_the_formula():
@@ -251,11 +234,10 @@ def test_a_diagonal_composition_is_the_full_one_that_scales_each_head(n_kv_head,
     diagonal = make("mea", n_kv_head=n_kv_head, compose="diagonal", mea_form=form)
     full = make("mea", n_kv_head=n_kv_head)
     copy_shared(diagonal, full)
+    own = torch.arange(H) * n_kv_head // H == torch.arange(n_kv_head)[:, None]  # (Hc, H): a component and its heads
     for mine, theirs in zip((diagonal.compose_k, diagonal.compose_v), (full.compose_k, full.compose_v)):
         assert mine.shape == (H,)
-        for c in range(n_kv_head):
-            for h in range(H):
-                theirs.data[c, h] = mine[h] if h * n_kv_head // H == c else 0.0
+        theirs.data = mine.data * own
     assert_same_function(diagonal, full, PROJECTIONS, inputs())
     if n_kv_head == H and form == "auto":
         assert_same(diagonal.fold()(inputs(), rope(0, T)), full(inputs(), rope(0, T)))
@@ -292,11 +274,10 @@ def test_rms_norm_and_its_gradients():
         with torch.no_grad():
             torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight), rtol=1e-6, atol=1e-6)
         grad = torch.randn_like(x)
-        for mine, theirs in zip(
-            torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), grad),
-            torch.autograd.grad(plain(x, weight), (x, weight), grad),
-        ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        mine, theirs = (
+            torch.autograd.grad(y, (x, weight), grad) for y in (rms_norm(x, weight, 1e-6), plain(x, weight))
+        )
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_head_norm_makes_every_head_unit_sized_whatever_its_scale():
@@ -332,9 +313,7 @@ def test_talking_heads_memory_is_linear_in_the_sequence():
 
     with Watch():
         layer(inputs(length=length), rope(0, length)).sum().backward()
-    assert (
-        largest <= B * H * layer.block * length
-    )  # a block of queries against all keys; a whole map has 64/8 times as many
+    assert largest <= B * H * layer.block * length  # a block of queries against all keys, an eighth of a whole map
 
 
 # --- Causality, caching, dropout, precision
@@ -360,48 +339,41 @@ def test_only_distances_between_positions_matter(attention):
     assert not torch.allclose(layer(x, stretched), whole, atol=1e-3)
 
 
-CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)] + [
-    ("mea", norm, n) for norm in (False, True) for n in (1, 3)
-]
+CACHED = [(name, norm, n) for name, norm in VARIANTS for n in (2, 4)]
+CACHED += [("mea", norm, n) for norm in (False, True) for n in (1, 3)]
 
 
 @pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
 @pytest.mark.parametrize("chunks", [[T], [9, 8], [1, 5, 11], [1] * T], ids=["one", "two", "three", "one by one"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_cached_equals_uncached(attention, norm, n_kv_head, chunks, batch):
-    config = GPTConfig(
-        vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head
-    )
     layer, x = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(batch=batch)
-    assert_same(torch.cat(list(in_chunks(layer, config, x, chunks)), dim=1), layer(x, rope(0, T)))
+    assert_same(in_chunks(layer, x, chunks), layer(x, rope(0, T)))
 
 
 @pytest.mark.parametrize("form", ["compose", "absorb", "fold"])
 @pytest.mark.parametrize("chunks", [[9, 8], [1] * T], ids=["two", "one by one"])
 def test_every_form_of_mea_can_cache(form, chunks):
     heads = 4 if form == "fold" else [[3, 1]]
-    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=heads)
     layer, x = make("mea", n_kv_head=heads, mea_form=form), inputs()
-    assert_same(torch.cat(list(in_chunks(layer, config, x, chunks)), dim=1), layer(x, rope(0, T)))
+    assert_same(in_chunks(layer, x, chunks), layer(x, rope(0, T)))
 
 
-def in_chunks(layer, config, x, chunks):
-    cache = KVCache(config, x.size(0), T, torch.float64)
-    start = 0
-    for n in chunks:
-        yield layer(x[:, start : start + n], rope(start, start + n), cache.layers[0])
-        start += n
+def in_chunks(layer, x, chunks):
+    """What a layer makes of x, given in chunks of these lengths, with a cache."""
+    cache, parts, start = KVCache(layer.config, x.size(0), T, torch.float64), [], 0
+    for part in x.split(chunks, dim=1):
+        parts.append(layer(part, rope(start, start + part.size(1)), cache.layers[0]))
+        start += part.size(1)
         cache.lengths = [start] * x.size(0)
+    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("attention,norm,n_kv_head", CACHED)
 def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
     """Rows hold 3, 9 and 6 real positions; each then gets 2 more and must see only its own."""
-    config = GPTConfig(
-        vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, attention=attention, n_kv_head=n_kv_head
-    )
     layer, x, lengths = make(attention, head_norm=norm, n_kv_head=n_kv_head), inputs(), [3, 9, 6]
-    cache = KVCache(config, B, T, torch.float64)
+    cache = KVCache(layer.config, B, T, torch.float64)
     layer(x[:, :9], rope(0, 9), cache.layers[0])  # rows 0 and 2 are padded, with garbage
     cache.lengths = list(lengths)
     whole = layer(x, rope(0, T))
@@ -415,7 +387,6 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
 @pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
 def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
     """What a GPU runs, on the path kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
-    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=n_kv_head)
     plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
     calls, forward = [], fused.forward
 
@@ -430,9 +401,9 @@ def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypat
         count = lambda *arguments, original=original, **named: calls.append(1) or original(*arguments, **named)
         monkeypatch.setattr(attention_file, name, count)
     assert_same_function(plain, fused, [name for name, _ in plain.named_parameters()], inputs())
-    assert_same(torch.cat(list(in_chunks(fused, config, inputs(), [9, 1, 1, 6])), dim=1), plain(inputs(), rope(0, T)))
+    assert_same(in_chunks(fused, inputs(), [9, 1, 1, 6]), plain(inputs(), rope(0, T)))
     assert len(calls) == 4  # the sequence, a prefill, two single positions; a later chunk needs a mask
-    caches = [KVCache(config, B, T, torch.float64) for _ in range(2)]
+    caches = [KVCache(plain.config, B, T, torch.float64) for _ in range(2)]
     for layer, cache in zip((plain, fused), caches):
         layer(inputs()[:, :9], rope(0, 9), cache.layers[0])
         cache.lengths = [3, 9, 6]
@@ -441,10 +412,9 @@ def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypat
 
 
 def test_folded_form_refuses_a_cache_with_fewer_heads():
-    config = GPTConfig(vocab_size=11, block_size=64, n_layer=1, n_head=H, n_embd=C, n_kv_head=2)
     layer = make("mea", n_kv_head=2, mea_form="fold")
     with pytest.raises(ValueError, match="use 'absorb'"):
-        layer(inputs(), rope(0, T), KVCache(config, B, T, torch.float64).layers[0])
+        in_chunks(layer, inputs(), [T])
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -494,13 +464,8 @@ def test_no_attention_map_is_ever_written(attention):
 
 
 def test_variants_refuse_head_counts_they_cannot_have():
-    for attention, n_kv_head, n_head, words in (
-        ("mha", 3, 4, "divide"),
-        ("tha", 3, 4, "divide"),
-        ("dfa", 3, 3, "even"),
-        ("dfa", 1, 4, "even"),
-        ("mea", 5, 4, "between"),
-    ):
+    refused = [("mha", 3, 4, "divide"), ("tha", 3, 4, "divide"), ("dfa", 3, 3, "even"), ("dfa", 1, 4, "even")]
+    for attention, n_kv_head, n_head, words in [*refused, ("mea", 5, 4, "between")]:
         with pytest.raises(ValueError, match=words):
             GPTConfig(vocab_size=11, n_head=n_head, n_embd=8 * n_head, attention=attention, n_kv_head=n_kv_head)
 
@@ -519,6 +484,5 @@ def test_only_the_norm_and_the_composition_add_parameters():
 
 def test_causal_attention_of_grouped_queries():
     q, k, v = torch.randn(B, 4, T, D), torch.randn(B, 2, T, D), torch.randn(B, 2, T, D)
-    assert_same(
-        causal_attention(q, k, v), causal_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)), 1e-5
-    )
+    repeated = (heads.repeat_interleave(2, dim=1) for heads in (k, v))
+    assert_same(causal_attention(q, k, v), causal_attention(q, *repeated), 1e-5)

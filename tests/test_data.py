@@ -1,7 +1,6 @@
 """Data: which windows a step sees, prepared folders and what they refuse, and the programs that make them."""
 
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -13,11 +12,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import tracemalloc
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -116,18 +113,12 @@ def test_a_step_does_not_depend_on_what_was_asked_before():
 def test_ranks_and_micro_steps_see_what_one_large_batch_sees(world_size, grad_accum):
     sampler, batch = WindowSampler(np.arange(3000), 11, seed=2), 3
     for step in range(60):
-        whole = sampler.batch(step, world_size * grad_accum * batch)
-        one_process = [
-            sampler.batch(step, world_size * batch, micro_step=a, grad_accum=grad_accum) for a in range(grad_accum)
-        ]
-        parts = [
-            sampler.batch(step, batch, rank=r, world_size=world_size, micro_step=a, grad_accum=grad_accum)
-            for a in range(grad_accum)
-            for r in range(world_size)
-        ]
+        whole, parts = sampler.batch(step, world_size * grad_accum * batch), []
+        for micro_step, rank in np.ndindex(grad_accum, world_size):
+            place = dict(rank=rank, world_size=world_size, micro_step=micro_step, grad_accum=grad_accum)
+            parts.append(sampler.batch(step, batch, **place))
         for side in (0, 1):
             assert (np.concatenate([part[side] for part in parts]) == whole[side]).all()
-            assert (np.concatenate([part[side] for part in one_process]) == whole[side]).all()
 
 
 def test_sampling_needs_no_memory_that_grows_with_the_data():
@@ -142,12 +133,9 @@ def test_sampling_needs_no_memory_that_grows_with_the_data():
 
 @pytest.mark.parametrize("length, block", [(0, 1), (8, 8), (5, 100)])
 def test_data_shorter_than_a_block_is_refused_with_both_numbers(length, block):
-    for use in (
-        lambda: WindowSampler(np.zeros(length, np.uint16), block),
-        lambda: validation_windows(np.zeros(length, np.uint16), block, 4),
-    ):
+    for use in (WindowSampler, lambda tokens, block: validation_windows(tokens, block, 4)):
         with pytest.raises(ValueError, match=rf"^{length} tokens .* block_size {block}\b"):
-            use()
+            use(np.zeros(length, np.uint16), block)
 
 
 def test_validation_windows_are_fixed_spread_and_disjoint():
@@ -231,7 +219,7 @@ def test_a_flipped_bit_is_found(prepared, name, capsys):
     content[len(content) // 2] ^= 1
     (prepared / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} .*SHA-256"):
-        open_dataset(prepared, verify=True)
+        open_dataset(prepared, verify=True).tokenizer
     assert "SHA-256" in refused(capsys, "--info", prepared)
 
 
@@ -260,82 +248,26 @@ def test_no_folder_is_a_clear_message(tmp_path):
         open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../val.bin", "/etc/passwd", "val.bin\0", "val.bin/../../val.bin"])
-def test_file_names_in_meta_cannot_point_elsewhere(prepared, name):
-    for change in (lambda meta: meta["splits"]["val"], lambda meta: meta["tokenizer"]):
-        meta = json.loads((prepared / "meta.json").read_text())
-        change(meta)["file"] = name
-        (prepared.parent / "other").mkdir(exist_ok=True)
-        shutil.copytree(prepared, prepared.parent / "other", dirs_exist_ok=True)
-        (prepared.parent / "other" / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match="file' is not"):
-            open_dataset(prepared.parent / "other")
-
-
-def leaves(value, path=()):
-    if isinstance(value, dict):
-        for key in value:
-            yield (*path, key)
-            yield from leaves(value[key], (*path, key))
-
-
-def test_mutated_meta_is_refused_in_one_line_or_harmless(prepared):
-    """Everything the reader relies on is checked: a changed value either is one of the notes, or is refused."""
-    original = json.loads((prepared / "meta.json").read_text())
-    paths = list(leaves(original))
-    hostile = [
-        None,
-        True,
-        False,
-        -1,
-        0,
-        1,
-        2**16,
-        2**62,
-        10**300,
-        0.5,
-        "",
-        "uint8",
-        "\0",
-        "../x",
-        "f" * 64,
-        "\x1b[2J",
-        [],
-        [1],
-        {},
-        {"file": 1},
-        "x" * 10**4,
-    ]
-    rng, refused = random.Random(4), 0
-    for i in range(300):
-        meta = json.loads(json.dumps(original))
-        *parents, last = rng.choice(paths)
-        target = meta
-        for key in parents:
-            target = target[key]
-        if i % 5:
-            target[last] = rng.choice(hostile)
-        else:
-            del target[last]
-        (prepared / "meta.json").write_text(json.dumps(meta))
-        try:
-            dataset = open_dataset(prepared, verify=True)
-            assert len(dataset.train) == original["splits"]["train"]["tokens"]
-            assert prepare_module.describe(dataset).replace("\n", "").isprintable()
-            if i % 4 == 0:
-                dataset.tokenizer.decode(dataset.train[:10])
-        except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 1000
-    assert refused > 150
-
-
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"format": 1}', b'{"format": 1, "format": 2}']
+    "change",
+    [
+        lambda meta: meta.clear(),
+        lambda meta: meta.update(format=2),
+        lambda meta: meta.update(dtype="uint8"),
+        lambda meta: meta.update(vocab_size=1 << 17),
+        lambda meta: meta.update(end_of_text=400),
+        lambda meta: meta.update(source=None),
+        lambda meta: meta["splits"].pop("val"),
+        lambda meta: meta["splits"]["train"].update(tokens="many"),
+        lambda meta: meta["splits"]["train"].update(shards=[1, 2]),
+        lambda meta: meta["tokenizer"].pop("sha256"),
+    ],
 )
-def test_a_meta_that_is_none_is_refused(prepared, content):
-    (prepared / "meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match="meta.json"):
+def test_a_meta_that_prepare_did_not_write_is_refused(prepared, change):
+    meta = json.loads((prepared / "meta.json").read_text())
+    change(meta)
+    (prepared / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json is not what data/prepare.py writes; prepare the data again"):
         open_dataset(prepared)
 
 
@@ -357,20 +289,18 @@ def share(dataset):
     return sizes[1] / sum(sizes)
 
 
-def test_a_folder_is_split_by_file_and_a_file_stays_where_it_is(tmp_path):
+def test_a_folder_is_split_by_file_and_files_stay_where_they_are(tmp_path):
     source = tmp_path / "source"
-    texts = {
-        f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}": f"document {i:03} says {i}" for i in range(400)
-    }
-    for name, text in texts.items():
-        write(source / name, text)
+    for i in range(400):
+        write(source / f"{'sub/' if i % 2 else ''}{i}.{'txt' if i % 3 else 'md'}", f"document {i:03}")
     first = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "a", val_fraction=0.2)
     train, val = documents(first, "train"), documents(first, "val")
-    assert sorted(train + val) == sorted(texts.values()) and 0.15 < share(first) < 0.25
+    assert len(train) == 320 and len(val) == 80 and len({*train, *val}) == 400
     for i in range(400, 800):
-        write(source / f"{i}.txt", f"document {i:03} says {i}")
+        write(source / f"{i}.txt", f"document {i:03}")
     second = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "b", val_fraction=0.2)
-    assert set(val) <= set(documents(second, "val")) and set(train) <= set(documents(second, "train"))
+    moved = set(val) & set(documents(second, "train")) | set(train) & set(documents(second, "val"))
+    assert len(moved) < 20  # those next to the border
 
 
 BOOK = "".join(f"Line {i}: the river runs under the old bridge.\n" for i in range(2000))
@@ -382,10 +312,10 @@ def test_the_split_is_by_bytes_when_one_file_is_big(tmp_path, big, small, capsys
     write(tmp_path / "source" / small, json.dumps({"text": note}) if small.endswith("jsonl") else note)
     write(tmp_path / "source" / big, BOOK)
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
-    assert 0.04 < share(dataset) < 0.06 and f"({share(dataset):.1%})" in capsys.readouterr().out
-    (train,) = documents(dataset, "train")  # the big file is cut at its end, after a line
-    assert BOOK.startswith(train) and train.endswith("bridge.\n")
-    assert sorted(documents(dataset, "val")) == sorted([BOOK[len(train) :], note])
+    assert 0.049 < share(dataset) < 0.051 and f"({share(dataset):.1%})" in capsys.readouterr().out
+    begins = next(text for text in documents(dataset, "train") if text != note)
+    assert BOOK.startswith(begins) and begins.endswith("bridge.\n")  # the big file is cut after a line
+    assert BOOK[len(begins) :] in documents(dataset, "val")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 90])
@@ -394,7 +324,7 @@ def test_equal_files_reach_the_share_that_was_asked_for(tmp_path, count, fractio
     for i in range(count):
         write(tmp_path / "source" / f"{i}.md", f"{i:02} " + BOOK[:3000])
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out", val_fraction=fraction)
-    assert 0.74 * fraction < share(dataset) < 1.26 * fraction
+    assert abs(share(dataset) - fraction) < 0.02 * fraction + 50 / (3003 * count)  # to the line
     texts = documents(dataset, "train") + documents(dataset, "val")
     assert sum(map(len, texts)) == 3003 * count and count <= len(texts) <= count + 1
 
@@ -404,33 +334,28 @@ def test_records_are_split_by_bytes_and_a_few_long_ones_are_cut(tmp_path, record
     texts = [f"Record {i}. " + BOOK[: 200_000 // records] for i in range(records)]
     write(tmp_path / "d.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
     for seed in range(5):
-        dataset = prepare(
-            source=tmp_path / "d.jsonl", tokenizer="byte", out_dir=tmp_path / "out", seed=seed, overwrite=True
-        )
+        how = dict(tokenizer="byte", seed=seed, overwrite=True)
+        dataset = prepare(source=tmp_path / "d.jsonl", out_dir=tmp_path / "out", **how)
         assert 0.037 < share(dataset) < 0.063
         assert len("".join(documents(dataset, "train") + documents(dataset, "val"))) == len("".join(texts))
 
 
-@pytest.mark.parametrize(
-    "names, train, val",
-    [
-        (["train.txt", "val.md"], ["train.txt"], ["val.md"]),
-        (["train.jsonl", "validation.jsonl", "test.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
-        (["train.txt", "test.txt", "readme.md"], ["train.txt"], ["test.txt"]),
-        (["corpus.txt", "more.txt", "valid.txt"], ["corpus.txt", "more.txt"], ["valid.txt"]),
-        (
-            ["train-0-of-2.txt", "train-1-of-2.txt", "val_0.txt"],
-            ["train-0-of-2.txt", "train-1-of-2.txt"],
-            ["val_0.txt"],
-        ),
-    ],
-)
-def test_files_named_train_and_val_are_the_splits(tmp_path, names, train, val):
-    for name in names:
+SPLITS = """
+train.txt | val.md |
+train.jsonl | validation.jsonl | test.jsonl
+train.txt | test.txt | readme.md
+corpus.txt more.txt | valid.txt |
+train-0-of-2.txt train-1-of-2.txt | val_0.txt |
+"""
+
+
+@pytest.mark.parametrize("names", SPLITS.strip().splitlines())
+def test_files_named_train_and_val_are_the_splits(tmp_path, names):
+    train, val, left = map(str.split, names.split("|"))
+    for name in train + val + left:
         write(tmp_path / "source" / name, json.dumps({"text": name}) + "\n" if name.endswith("jsonl") else name)
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
     assert (documents(dataset, "train"), documents(dataset, "val")) == (train, val)
-    left = set(names) - set(train) - set(val)
     assert all(name in notes(dataset) for name in left) and ("beside train and val" in notes(dataset)) == bool(left)
 
 
@@ -441,10 +366,10 @@ def test_a_test_file_among_notes_is_text_like_any_other(tmp_path):
     assert 0.15 < share(dataset) < 0.25 and len(documents(dataset, "train") + documents(dataset, "val")) >= 34
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
-    lines = [f"Line {i}: caf\u00e9 \u4f60\u597d \U0001f642 once more.\n" for i in range(400)]
+    lines = [f"Line {i}: caf\u00e9 \u4f60\u597d \U0001f642 once more.\n" for i in range(1200)]
     records = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
     text = "".join(records if suffix == "jsonl" else lines)
     mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
@@ -455,22 +380,13 @@ def test_byte_order_marks_say_the_encoding(tmp_path, encoding, suffix):
         assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(lines)
     else:
         assert text_of(dataset, "train") + text_of(dataset, "val") == text
-    assert ("UTF-16 or UTF-32: 1 file" in notes(dataset)) == (encoding != "utf-8-sig")
-
-
-def test_utf16_gives_the_data_set_of_the_same_text_in_utf8(tmp_path):
-    for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-16")):
-        write(tmp_path / name, BOOK.encode(encoding))
-        prepare(source=tmp_path / name, vocab_size=300, out_dir=tmp_path / encoding)
-    assert open_dataset(tmp_path / "utf-8").fingerprint == open_dataset(tmp_path / "utf-16").fingerprint
+    assert ("decoded from UTF-16: 1 file" in notes(dataset)) == encoding.startswith("utf-16")
 
 
 @pytest.mark.parametrize(
     "name, content, why",
     [
-        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "UTF-16 without a byte order mark: iconv"),
-        ("d.jsonl", '{"text": "x"}\n'.encode("utf-16-be") * 50, "UTF-16 without a byte order mark"),
-        ("d.txt", random.Random(0).randbytes(5000), "binary"),
+        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "UTF-16 without a byte order mark (iconv"),
         ("d.txt", b"\x7fELF" + bytes(3000), "binary"),
         ("d.txt.gz", b"anything", "compressed: unpack it first"),
         ("d.md", b"", "empty"),
@@ -491,32 +407,19 @@ def test_nothing_is_skipped_silently(tmp_path, capsys):
         write(source / f"{i}.rst", "text that is read\n" * 20)
         write(source / f"picture{i}.png", b"x")
     write(source / "code.py", "print('read')\n")
-    write(source / "empty.txt", "")
-    write(source / "noise.md", random.Random(0).randbytes(5000))
-    write(source / "notes.txt.gz", b"x")
-    write(source / "LICENCE", "x")
+    for name, content in (("empty.txt", b""), ("noise.md", bytes(50)), ("notes.txt.gz", b"x"), ("LICENCE", b"x")):
+        write(source / name, content)
     write(source / ".git" / "config.txt", "hidden")
     (source / "gone.txt").symlink_to("nowhere")
     dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
     (line,) = dataset.meta["notes"]
     assert line.startswith("skipped: ") and line in capsys.readouterr().out
-    for part in (
-        ".png: 8 files (picture0.png, picture1.png, picture2.png, ...)",
-        "empty: 1 file (empty.txt)",
-        "binary: 1 file (noise.md)",
-        "compressed: unpack it first: 1 file (notes.txt.gz)",
-        "without a suffix: 1 file (LICENCE)",
-        "hidden: 1 file (.git)",
-        "unreadable: 1 file (gone.txt)",
-    ):
-        assert part in line
+    assert ".png: 8 files (picture0.png, picture1.png, picture2.png, ...)" in line
+    reasons = {"empty": "empty.txt", "converts it)": "noise.md", "unpack it first": "notes.txt.gz"}
+    reasons |= {"without a suffix": "LICENCE", "hidden": ".git", "unreadable": "gone.txt"}
+    assert all(f"{reason}: 1 file ({name})" in line for reason, name in reasons.items())
     text = "".join(documents(dataset, "train") + documents(dataset, "val"))
     assert text.count("text that is read") == 160 and text.count("print") == 1
-
-
-def test_a_single_file_of_text_may_have_any_name(tmp_path):
-    dataset = prepare(source=write(tmp_path / "server.log", BOOK), tokenizer="byte", out_dir=tmp_path / "out")
-    assert text_of(dataset, "train") + text_of(dataset, "val") == BOOK
 
 
 def test_linked_folders_are_followed_once_each_without_loops(tmp_path):
@@ -542,35 +445,19 @@ def test_a_file_s_name_cannot_make_a_data_set_unreadable(tmp_path, capsys):
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
-def test_thousands_of_files_with_notes_make_a_small_meta(tmp_path):
-    for i in range(3000):
-        write(tmp_path / "source" / f"{'long' * 40} {i}.md", b"caf\xe9 %d\n" % i * 3)
-    dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
-    assert (tmp_path / "out" / "meta.json").stat().st_size < 10_000
-    assert "replaced 9,000 bytes that are no UTF-8: 3,000 files (long" in notes(dataset)
-    assert "more than one byte in a thousand is no UTF-8" in notes(dataset)
-    open_dataset(tmp_path / "out", verify=True)
-
-
-def test_nothing_is_published_that_the_reader_refuses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_module, "printable", lambda text, length=100: text)
-    source = write(tmp_path / "a\u202fb.txt", PROSE)
-    arguments = ["--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out"]
-    assert "'source' is not a name" in refused(capsys, *arguments) and os.listdir(tmp_path) == [source.name]
-
-
 def test_end_of_text_in_a_txt_file_divides_documents(tmp_path):
     stories = [f"Once there was a fox, number {i}.\n\nIt ran." for i in range(500)]
     source = write(tmp_path / "stories.txt", "".join(f"{story}\n<|endoftext|>\n" for story in stories))
     dataset = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "out")
-    assert documents(dataset, "train") + documents(dataset, "val") == stories and 0.04 < share(dataset) < 0.06
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    assert [*train[:-1], train[-1] + val[0], *val[1:]] == stories and 0.048 < share(dataset) < 0.052
     assert "divided into documents at 500 <|endoftext|>: 1 file (stories.txt)" in notes(dataset)
     code = write(tmp_path / "code.py", source.read_text())  # elsewhere it is text
     dataset = prepare(source=code, tokenizer="byte", out_dir=tmp_path / "code")
     assert text_of(dataset, "train") + text_of(dataset, "val") == source.read_text() and not notes(dataset)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_division_does_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     parts = ["".join(rng.choices(["ab", " ", "\n", "<|", "<|endof", "\u4f60"], k=rng.randrange(30))) for _ in range(8)]
@@ -585,10 +472,8 @@ def test_division_does_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch,
             if ends:
                 whole, current = [*whole, current], ""
         assert not current and file.divisions == 7
-        found[size] = whole
-    expected = [parts[0].rstrip(), *(part.strip() for part in parts[1:])]
-    for size in found:
-        assert found[size] == [text for text in expected if text.strip()]
+        found[size] = [text.strip() for text in whole if text.strip()]
+    assert found[17] == found[50] == found[1 << 20] == [part.strip() for part in parts if part.strip()]
 
 
 def test_jsonl_is_split_by_record_and_equal_records_stay_together(tmp_path):
@@ -602,20 +487,11 @@ def test_jsonl_is_split_by_record_and_equal_records_stay_together(tmp_path):
     assert not set(train) & set(val) and len(val) > 20
 
 
-@pytest.mark.parametrize(
-    "line, why",
-    [
-        ("{", "not JSON"),
-        ("3", 'string in "text"'),
-        ('{"text": 3}', 'string in "text"'),
-        ("[" * 10**5, "not JSON"),
-        ('{"tex": "a"}', 'string in "text"'),
-    ],
-)
-def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line, why):
-    (tmp_path / "d.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
+@pytest.mark.parametrize("line", ["{", "3", '{"text": 3}', "[" * 10**5, '{"tex": "a"}'])
+def test_a_bad_jsonl_line_names_file_and_line(tmp_path, capsys, line):
+    write(tmp_path / "d.jsonl", '{"text": "good"}\n\n' + line + "\n")
     error = refused(capsys, "--source", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out")
-    assert re.match(rf"error: .*d\.jsonl, line 3: .*{why}", error)
+    assert re.match(r'error: .*d\.jsonl, line 3: not a JSON object with a string in "text"', error)
     assert os.listdir(tmp_path) == ["d.jsonl"]
 
 
@@ -625,7 +501,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path, monkeypatch, piece):
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"good \xff\xfe bad \xc3\xa9 \xef\xbf\xbd end\r\n" * 10)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="byte", out_dir=tmp_path / "out")
     assert text_of(dataset, "train") + text_of(dataset, "val") == "good \ufffd\ufffd bad \u00e9 \ufffd end\r\n" * 10
-    assert "replaced 20 bytes that are no UTF-8: 1 file (d.txt)\nmore than one byte in a thousand" in notes(dataset)
+    assert notes(dataset) == "30 U+FFFD, which replace what is no UTF-8: 1 file (d.txt)"
 
 
 @pytest.mark.parametrize(
@@ -638,14 +514,10 @@ def test_pieces_and_the_cut_lose_nothing(tmp_path, monkeypatch, text):
     assert text_of(dataset, "train") + text_of(dataset, "val") == text
 
 
-@pytest.mark.parametrize(
-    "name, unit",
-    [
-        ("lines.txt", "some words and a number 12345\n"),
-        ("one_line.txt", "letters"),
-        ("records.jsonl", '{"text": "%d %s"}\n'),
-    ],
-)
+UNITS = {"lines.txt": "some words and a number 12345\n", "one.txt": "letters", "d.jsonl": '{"text": "%d %s"}\n'}
+
+
+@pytest.mark.parametrize("name, unit", UNITS.items())
 def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
     """With pieces of 32 KiB, a text of 6 MB passes through less than 2 MB of memory."""
     monkeypatch.setattr(sources, "PIECE", 1 << 15)
@@ -665,19 +537,11 @@ def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
 
 def test_the_tokenizer_learns_from_a_sample_of_the_training_side_spread_over_all_of_it(monkeypatch):
     monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 1000)
-    corpus = sources.Corpus(
-        lambda: (("val" if i % 10 == 0 else "train", f"{i:010}", True) for i in range(10_000)), 100_000
-    )
+    documents = lambda: (("val" if i % 10 == 0 else "train", f"{i:010}", True) for i in range(10_000))
+    corpus = sources.Corpus(documents, 100_000)
     sample = [int(text) for text in prepare_module.sample(corpus)]
     assert 80 <= len(sample) <= 100 and all(i % 10 for i in sample)
     assert sample[0] < 200 and sample[-1] > 9800 and max(np.diff(sample)) < 200
-
-
-def test_the_sample_is_by_bytes_when_long_and_short_records_alternate(monkeypatch):
-    monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 500_000)
-    texts = [str(i) * (10_000 if i % 2 else 1) for i in range(100)]
-    corpus = sources.Corpus(lambda: (("train", text, True) for text in texts), 1_000_000)
-    assert 450_000 < sum(map(len, prepare_module.sample(corpus))) < 550_000
 
 
 def test_a_vocabulary_is_learned_from_a_few_long_records(tmp_path, monkeypatch):
@@ -697,9 +561,8 @@ def test_vocabularies_above_65536_are_written_as_uint32(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "load_tokenizer", lambda path: Wide())
     (tmp_path / "d.txt").write_text("hello " * 100)
     dataset = prepare(source=str(tmp_path / "d.txt"), tokenizer="wide", out_dir=tmp_path / "out")
-    assert (
-        dataset.meta["dtype"] == "uint32" and dataset.train.dtype == np.dtype("<u4") and dataset.train.max() == 100_000
-    )
+    assert dataset.meta["dtype"] == "uint32" and dataset.train.dtype == np.dtype("<u4")
+    assert dataset.train.max() == 100_000
     assert text_of(open_dataset(tmp_path / "out", verify=True), "val") == text_of(dataset, "val")
 
 
@@ -725,37 +588,19 @@ REPEATED = "This paragraph is longer than sixty characters and stands in every m
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A small standard library of our own."""
-    root = tmp_path / "lib"
-    licence = "# Copyright 1999 by Somebody.\n# Licensed under terms.\n\n"
+    root, licence = tmp_path / "lib", "# Copyright 1999 by Somebody.\n# Licensed under terms.\n\n"
     for i in range(40):
         function = f'def function_{i}(argument, other=None):\n    """What function {i} does with words {i * 7}."""\n'
-        body = f"{function}    return argument * {i}\n\n" * 3
-        write(
-            root / f"module_{i}.py",
-            f'#!/usr/bin/env python\n{licence}"""Module number {i}.\n\n{REPEATED}\n"""\n\n{body}',
-        )
+        text = f'#!/usr/bin/env python\n{licence}"""Module number {i}.\n\n{REPEATED}\n"""\n\n'
+        write(root / f"module_{i}.py", text + f"{function}    return argument * {i}\n\n" * 3)
     write(root / "twin.py", (root / "module_3.py").read_text())
-    write(
-        root / "table.py",
-        "TABLE = {\n"
-        + "".join(f"    {i}: 'row',\n" for i in range(200))
-        + "}\n\n"
-        + "def keep():\n    return 'kept'\n\n" * 20,
-    )
+    table = "TABLE = {\n" + "".join(f"    {i}: 'row',\n" for i in range(200)) + "}\n\n"
+    write(root / "table.py", table + "def keep():\n    return 'kept'\n\n" * 20)
     write(root / "broken.py", "def (:\n" * 60)
-    for skipped in (
-        "test/test_a.py",
-        "json/tests/t.py",
-        "site-packages/p.py",
-        "lib2to3/f.py",
-        "encodings/cp1.py",
-        "_sysconfigdata_x.py",
-    ):
-        write(root / skipped, f"SKIPPED = '{skipped}'\n" * 30)
-    get_path = sysconfig.get_path
-    monkeypatch.setattr(
-        sysconfig, "get_path", lambda name, *rest: str(root) if name == "stdlib" else get_path(name, *rest)
-    )
+    for name in ("test/a", "json/tests/t", "site-packages/p", "lib2to3/f", "encodings/cp1", "_sysconfigdata_x"):
+        write(root / f"{name}.py", "SKIPPED = 'a module'\n" * 30)
+    paths = dict(sysconfig.get_paths(), stdlib=str(root))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, *_: paths[name])
     return root
 
 
@@ -763,23 +608,15 @@ def test_library_sources_are_cleaned_and_skipped_as_promised(library):
     texts = [text for _, text, _ in python_corpus("code", 0.05, 0).documents()]
     everything = "\n".join(texts)
     assert len(texts) == 41 and len(set(texts)) == 41  # forty modules and the table's; one twin
-    assert (
-        "SKIPPED" not in everything
-        and "Copyright" not in everything
-        and "#!" not in everything
-        and "'row'" not in everything
-    )
+    assert not any(gone in everything for gone in ("SKIPPED", "Copyright", "#!", "'row'"))
     assert "kept" in everything and '"""Module number 7.' in everything and everything.count(REPEATED) == 40
 
 
 def test_prose_is_docstrings_under_titles_each_paragraph_once(library):
-    texts = [text for _, text, _ in python_corpus("prose", 0.05, 0).documents()]
-    assert any(
-        "module_5\n========\n\nModule number 5.\n\nmodule_5.function_5(argument, other=None)\n\nWhat function 5" in text
-        for text in texts
-    )
-    assert "\n".join(texts).count(REPEATED) == 1
-    assert not any("return argument" in text for text in texts)
+    everything = "\n".join(text for _, text, _ in python_corpus("prose", 0.05, 0).documents())
+    module = "module_5\n========\n\nModule number 5.\n\n"
+    assert f"{module}module_5.function_5(argument, other=None)\n\nWhat function 5" in everything
+    assert everything.count(REPEATED) == 1 and "return argument" not in everything
 
 
 def test_all_text_of_a_module_is_on_the_same_side_whatever_else_there_is(library):
@@ -799,45 +636,41 @@ def test_all_text_of_a_module_is_on_the_same_side_whatever_else_there_is(library
     assert fewer == {i: both[i] for i in fewer}
 
 
-def test_stripped_distributions_use_what_is_there_and_say_what_is_missing(library, monkeypatch, tmp_path):
+def test_a_python_without_topics_or_sources_says_so(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    corpus = python_corpus("both", 0.05, 0)
-    assert "topics" in corpus.meta["missing"][0] and corpus.meta["bytes_of"]["code"] > 0
-    archive = tmp_path / "python399.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in library.rglob("*.py"):
-            file.write(path, path.relative_to(library).as_posix())
-    zipped_alike = python_corpus("code", 0.05, 0).meta["bytes_of"]
+    assert python_corpus("both", 0.05, 0).notes() == ["this Python comes without pydoc's language topics"]
     shutil.rmtree(library)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(archive)])
-    assert python_corpus("code", 0.05, 0).meta["bytes_of"] == zipped_alike
-    archive.unlink()
-    with pytest.raises(ValueError, match="neither its sources nor .*--source FILE_OR_FOLDER"):
+    library.mkdir()
+    with pytest.raises(ValueError, match="without its sources: use --source FILE_OR_FOLDER"):
         python_corpus("both", 0.05, 0)
 
 
 def test_the_real_library_makes_a_data_set(tmp_path):
     dataset = prepare(content="prose", vocab_size=512, out_dir=tmp_path / "python")
     assert dataset.meta["content"] == "prose" and dataset.meta["source"] == "python"
-    if not dataset.meta["missing"]:
-        assert sum(entry["bytes"] for entry in dataset.meta["splits"].values()) > 1_000_000
-        assert 0.01 < dataset.meta["splits"]["val"]["bytes"] / dataset.meta["splits"]["train"]["bytes"] < 0.15
+    assert sum(entry["bytes"] for entry in dataset.meta["splits"].values()) > 1_000_000 and 0.01 < share(dataset) < 0.15
     main(["--info", str(tmp_path / "python")])
 
 
 # --- Nothing lost, nothing half there ---
 
 
-def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(prepared, monkeypatch, tmp_path, capsys):
-    (tmp_path / "d.txt").write_text(PROSE)
+@pytest.mark.parametrize("what, why", [("full disk", "No space left"), ("nonsense", "is not what data/prepare.py")])
+def test_a_failure_on_the_way_leaves_the_old_data_set_and_nothing_else(
+    prepared, monkeypatch, tmp_path, capsys, what, why
+):
+    """A nonsense is what the reader refuses: it is not published."""
+    write(tmp_path / "d.txt", PROSE)
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fail(path, text):
+        if what == "full disk":
+            raise OSError(28, "No space left on device")
+        path.write_text("{}")
 
-    monkeypatch.setattr(prepare_module, "write_atomically", full)
+    monkeypatch.setattr(prepare_module, "write_atomically", fail)
     arguments = ["--source", tmp_path / "d.txt", "--out_dir", prepared, "--overwrite", "--tokenizer", "byte"]
-    assert "No space left" in refused(capsys, *arguments)
+    assert why in refused(capsys, *arguments)
     assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
 
@@ -846,7 +679,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     write(tmp_path / "d.txt", PROSE * 30)
     command = [sys.executable, PROGRAM, "--source", tmp_path / "d.txt", "--out_dir", tmp_path / "out"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob(".out.new-*")):
+    while not list(tmp_path.glob(".out.new")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -858,64 +691,31 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     open_dataset(tmp_path / "out", verify=True)
 
 
-def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path, capsys, monkeypatch):
-    write(tmp_path / "d.txt", PROSE[:2000])
-    rename = os.rename
-
-    def killed(source, target):
-        if Path(target) == prepared:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    arguments = ["--source", str(tmp_path / "d.txt"), "--tokenizer", "byte", "--out_dir", str(prepared)]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "rename", killed)
-        main([*arguments, "--overwrite"])
-    assert not prepared.exists()
-
-    def failing(source, target):
-        if Path(source).name.startswith(".prepared.new-"):
-            raise OSError("no room")
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing)
-        assert "holds a data set" in refused(capsys, *arguments)
-        assert "no room" in refused(capsys, *arguments, "--overwrite")
-    assert "holds a data set; add --overwrite" in refused(capsys, *arguments)
-    assert open_dataset(prepared, verify=True).vocab_size == 400
-    main([*arguments, "--overwrite"])
-    assert open_dataset(prepared, verify=True).vocab_size == 257
-    assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
-
-
 # --- Bad input ---
 
 
-@pytest.mark.parametrize(
-    "arguments, why",
-    [
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--vocab_size", "many"], "--vocab_size"),
-        (["--vocab_size", "256"], "vocab_size must be at least 257 and at most 1048576, not 256"),
-        (["--vocab_size", "512", "--tokenizer", "byte"], "--vocab_size is for --tokenizer bpe"),
-        (["--source", "no/such/file.txt"], "no/such/file.txt: neither python, shakespeare"),
-        (["--source", ""], "neither python"),
-        (["--tokenizer", "gpt9"], "no tokenizer 'gpt9'"),
-        (["--tokenizer", "hf:nowhere"], "nowhere"),
-        (["--content", "poems"], "--content"),
-        (["--source", "shakespeare", "--content", "prose"], "--content is for --source python"),
-        (["--shards", "3"], "--shards is for"),
-        (["--source", "fineweb-edu", "--shards", "15"], "shards must be at least 1 and at most 14"),
-        (["--val_fraction", "0"], "val_fraction must be above 0 and at most 0.5, not 0.0"),
-        (["--val_fraction", "nan"], "val_fraction"),
-        (["--info", "nowhere"], "no data set at nowhere"),
-        (["--over"], "unrecognized arguments: --over"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, why, capsys, tmp_path, monkeypatch):
+MISTAKES = """
+--nonsense => unrecognized arguments: --nonsense
+--over => unrecognized arguments: --over
+--vocab_size 256 => vocab_size must be at least 257 and at most 1048576, not 256
+--vocab_size 512 --tokenizer byte => --vocab_size is for --tokenizer bpe
+--source no/such/file.txt => no/such/file.txt: neither python, shakespeare
+--tokenizer gpt9 => no tokenizer 'gpt9'
+--tokenizer hf:nowhere => nowhere
+--content poems => --content
+--source shakespeare --content prose => --content is for --source python
+--shards 3 => --shards is for
+--source fineweb-edu --shards 15 => shards must be at least 1 and at most 14
+--val_fraction nan => val_fraction must be above 0 and at most 0.5, not nan
+--info nowhere => no data set at nowhere
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_bad_input_is_one_line_and_exit_code_2(mistake, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert why in refused(capsys, *arguments, "--out_dir", "out")
+    options, why = mistake.split(" => ")
+    assert why in refused(capsys, *options.split(), "--out_dir", "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -943,17 +743,11 @@ def test_empty_sources_are_refused(tmp_path, capsys):
         assert "no text in .txt, .md, .rst, .py, .jsonl files there" in error
 
 
-def test_programs_run_alone_from_anywhere(pristine, tmp_path):
-    programs = (
-        [PROGRAM, "--info", pristine],
-        [PROGRAM, "--help"],
-        [dataset_module.__file__],
-        [tokenizer_module.__file__],
-    )
-    for arguments in programs:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+@pytest.mark.parametrize("module", [prepare_module, dataset_module, tokenizer_module])
+def test_programs_run_alone_from_anywhere(module, tmp_path):
+    command = [sys.executable, module.__file__, *(["--help"] if module is prepare_module else [])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
 
 
 def test_data_does_not_import_torch():
@@ -973,9 +767,10 @@ def shard(tokens, magic=20240520, version=1, count=None, dtype="<u2"):
 
 IDS = np.random.default_rng(0).integers(0, 256, 5000)
 IDS[::50] = 256  # the byte tokenizer's end of text
+LLAMA3 = dict(magic=20240801, version=7, dtype="<u4")
 
 
-def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys, monkeypatch):
+def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys):
     source = tmp_path / "source"
     source.mkdir()
     array = np.memmap(source / "train.bin", dtype=np.uint16, mode="w+", shape=(4000,))  # as nanoGPT's prepare.py writes
@@ -990,12 +785,7 @@ def test_nanogpt_s_files_are_read_in_place_to_the_same_tokens(tmp_path, capsys, 
     assert entry["documents"] == 80 and entry["bytes"] == 4000 - 80 and entry["tokens"] == 4000
     assert dataset.bits_per_byte(1.0) == pytest.approx(1000 / 980 / math.log(2))
     main(["--info", str(tmp_path / "out")])
-    with monkeypatch.context() as patch:  # where no links can be made, it is a copy
-        for how in ("symlink", "link"):
-            patch.setattr(os, how, lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-        copy = prepare(source=source, tokenizer="byte", out_dir=tmp_path / "copy")
     shutil.move(source, tmp_path / "elsewhere")
-    assert open_dataset(tmp_path / "copy", verify=True).fingerprint == copy.fingerprint == dataset.fingerprint
     assert "which is gone" in refused(capsys, "--info", tmp_path / "out")
 
 
@@ -1023,46 +813,35 @@ def test_several_shards_are_one_stream(tmp_path, cuts):
 def test_shards_slice_as_one_array():
     whole, rng = np.arange(100, dtype=np.uint16), random.Random(0)
     shards = Shards([whole[:1], whole[1:40], whole[40:41], whole[41:]])
-    assert len(shards) == 100 and shards.nbytes == 200 and list(shards) == list(whole) and shards[-1] == 99
+    assert len(shards) == 100 and shards.nbytes == 200 and (np.asarray(shards) == whole).all()
     for _ in range(500):
-        piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)), rng.choice([None, None, 1, 3, -1]))
+        piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)))
         assert (shards[piece] == whole[piece]).all() and len(shards[piece]) == len(whole[piece])
 
 
 def test_llama_3_shards_have_four_bytes_an_id(tmp_path):
     for split, ids in (("train", IDS[:4000]), ("val", IDS[4000:])):
-        write(tmp_path / "source" / f"tiny_{split}.bin", shard(ids, 20240801, 7, dtype="<u4"))
+        write(tmp_path / "source" / f"tiny_{split}.bin", shard(ids, **LLAMA3))
     dataset = prepare(source=tmp_path / "source", tokenizer="byte", out_dir=tmp_path / "out")
     assert dataset.meta["dtype"] == "uint32" and (dataset.train == IDS[:4000]).all()
 
 
 @pytest.mark.parametrize(
-    "files, why",
+    "train, val, why",
     [
-        ({"a_train_0.bin": shard(IDS)}, "none for val"),
-        ({"train.bin": b"abc", "val.bin": b"abcd"}, "train.bin has 3 bytes, and ids of two bytes make an even number"),
-        ({"train.bin": b"", "val.bin": b"abcd"}, "train.bin has 0 bytes"),
-        (
-            {"a_train_0.bin": shard(IDS)[:-2], "a_val_0.bin": shard(IDS)},
-            "a_train_0.bin has 11022 bytes, and its header",
-        ),
-        ({"a_train_0.bin": shard(IDS) + b"ab", "a_val_0.bin": shard(IDS)}, "a_train_0.bin has 11026 bytes"),
-        ({"a_train_0.bin": shard(IDS, count=-1), "a_val_0.bin": shard(IDS)}, "a_train_0.bin"),
-        (
-            {"a_train_0.bin": shard([1]), "a_train_1.bin": b"ab", "a_val_0.bin": shard([1])},
-            "a_train_1.bin is one of sev",
-        ),
-        (
-            {"a_train_0.bin": shard([1, 300]), "a_val_0.bin": shard(IDS)},
-            "holds token id 300, outside the vocabulary of 257",
-        ),
-        ({"train.bin": b"ab", "val.bin": b"ab", "meta.json": b"{}"}, "is a prepared data set already"),
-        ({"a_train.bin": shard([1], 20240801, 7, dtype="<u4"), "a_val.bin": shard(IDS)}, "ids of different width"),
+        (shard(IDS), None, "none for val"),
+        (shard(IDS)[:-2], shard(IDS), "train_0.bin has 11022 bytes, and its header"),
+        (shard(IDS, count=-1), shard(IDS), "train_0.bin"),
+        (shard([1, 300]), shard(IDS), "holds token id 300, outside the vocabulary of 257"),
+        (shard([1], **LLAMA3), shard(IDS), "ids of different width"),
+        (b"abc", b"abcd", "train_0.bin has 3 bytes, and ids of two bytes make an even number"),
+        (b"", b"abcd", "train_0.bin has 0 bytes"),
     ],
 )
-def test_token_files_that_cannot_be_right_are_refused(tmp_path, capsys, files, why):
-    for name, content in files.items():
-        write(tmp_path / "source" / name, content)
+def test_token_files_that_cannot_be_right_are_refused(tmp_path, capsys, train, val, why):
+    for split, content in (("train", train), ("val", val)):
+        if content is not None:
+            write(tmp_path / "source" / f"{split}_0.bin", content)
     arguments = ["--source", tmp_path / "source", "--tokenizer", "byte", "--out_dir", tmp_path / "out"]
     assert why in refused(capsys, *arguments) and os.listdir(tmp_path) == ["source"]
 
@@ -1109,7 +888,7 @@ def test_a_pickle_beside_token_files_is_not_opened(tmp_path, capsys):
         write(source / name, IDS.astype("<u2").tobytes())
     write(source / "meta.pkl", b"cos\nsystem\n(S'touch opened'\ntR.")
     out = ["--source", source, "--out_dir", tmp_path / "out"]
-    assert "meta.pkl, a pickle, is not opened: name the vocabulary" in refused(capsys, *out)
+    assert "meta.pkl, a pickle, is not opened: name the tokens' vocabulary" in refused(capsys, *out)
     assert "a vocabulary already: name it" in refused(capsys, *out, "--tokenizer", "bpe")
     main([*map(str, out), "--tokenizer", "byte"])
     assert open_dataset(tmp_path / "out").tokenizer.name == "byte" and not Path("opened").exists()
@@ -1132,92 +911,33 @@ def test_a_data_set_for_a_trained_model_has_its_tokenizer(pristine, tmp_path):
 
 # --- Downloads ---
 
-FILE = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(FILE).hexdigest()
+
+def test_a_download_is_checked_and_done_once(tmp_path):
+    content = PROSE.encode()
+    there = write(tmp_path / "there" / "file.txt", content)
+    path, checksum = tmp_path / "cache" / "file.txt", hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match="is not the expected file.*--source FILE"):
+        download(path, there.as_uri(), "0" * 64)
+    assert not path.exists()
+    download(path, there.as_uri(), checksum)
+    there.unlink()
+    download(path, there.as_uri(), checksum)
+    assert path.read_bytes() == content and os.listdir(path.parent) == ["file.txt"]
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="is not the expected file: remove it"):
+        download(path, there.as_uri(), checksum)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves FILE; `breaks` connections break half-way, `ranges` says whether Range is honoured."""
-
-    breaks, ranges, status, requests = 0, True, None, []
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        cls = type(self)
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        cls.requests.append(start)
-        body = FILE[start if cls.ranges else 0 :]
-        self.send_response(cls.status or (206 if cls.ranges else 200))
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if cls.breaks:
-            cls.breaks -= 1
-            body = body[: len(body) // 2]
-            self.close_connection = True
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    handler = type("Handler", (Server,), {"requests": []})
-    instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    instance.handle_error = lambda *_: None  # of a client that gave up: printed, it would fall into a later test
-    handler.url = f"http://127.0.0.1:{instance.server_address[1]}/file"
-    thread = threading.Thread(target=instance.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield handler
-    instance.shutdown()
-    instance.server_close()
-
-
-def test_download_is_checked_and_done_once(server, tmp_path):
-    path = tmp_path / "cache" / "file"
-    for _ in range(2):
-        download(path, server.url, len(FILE), SHA256)
-        assert path.read_bytes() == FILE and os.listdir(path.parent) == ["file"] and len(server.requests) == 1
-    path.write_bytes(FILE[:-1] + b"x")
-    with pytest.raises(ValueError, match="not the expected file.*remove it"):
-        download(path, server.url, len(FILE), SHA256)
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_download_goes_on_where_it_broke(server, tmp_path, ranges):
-    server.breaks, server.ranges = 1, ranges
-    with pytest.raises(
-        OSError, match="150,000 of 300,000 bytes are kept, run it again.*--source FILE.*--source python"
-    ):
-        download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert os.listdir(tmp_path) == ["file.part"]
-    download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert (tmp_path / "file").read_bytes() == FILE and server.requests == [0, 150_000]
-    (tmp_path / "file").rename(tmp_path / "file.part")  # complete, only not renamed yet
-    download(tmp_path / "file", server.url, len(FILE), SHA256)
-    assert os.listdir(tmp_path) == ["file"] and len(server.requests) == 2
-
-
-def test_download_of_another_file_is_refused_and_removed(server, tmp_path):
-    for size, checksum, part in ((300_000, "0" * 64, b""), (299_999, SHA256, b""), (300_000, SHA256, b"x" * 1000)):
-        if part:  # of something else
-            (tmp_path / "file.part").write_bytes(part)
-        with pytest.raises(ValueError, match="is not the expected file"):
-            download(tmp_path / "file", server.url, size, checksum)
-        assert os.listdir(tmp_path) == []
-
-
-def test_named_corpora_are_prepared_from_what_was_downloaded(server, tmp_path, monkeypatch, capsys):
+def test_shakespeare_is_prepared_from_what_was_downloaded(tmp_path, monkeypatch, capsys):
+    there = write(tmp_path / "there.txt", PROSE)
     monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "downloads")
-    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(FILE), SHA256))
-    server.status = 503
+    monkeypatch.setattr(sources, "SHAKESPEARE", ((tmp_path / "gone").as_uri(), ""))
     error = refused(capsys, "--source", "shakespeare", "--out_dir", tmp_path / "out")
-    assert error.startswith("error: could not download http://127.0.0.1") and "--source python" in error
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-    text = write(tmp_path / "downloads" / "shakespeare.txt", PROSE)
-    monkeypatch.setattr(sources, "SHAKESPEARE", (server.url, len(PROSE), hashlib.sha256(PROSE.encode()).hexdigest()))
+    assert error.startswith("error: could not download file://") and "--source python" in error
+    assert os.listdir(tmp_path) == ["there.txt"]
+    monkeypatch.setattr(sources, "SHAKESPEARE", (there.as_uri(), hashlib.sha256(PROSE.encode()).hexdigest()))
     dataset = prepare(source="shakespeare", tokenizer="byte", out_dir=tmp_path / "out")
-    assert text_of(dataset, "train") + text_of(dataset, "val") == text.read_text()
+    assert text_of(dataset, "train") + text_of(dataset, "val") == PROSE
 
 
 def test_corpora_of_the_hub_come_through_its_library(tmp_path, monkeypatch, capsys):
@@ -1235,6 +955,7 @@ def test_corpora_of_the_hub_come_through_its_library(tmp_path, monkeypatch, caps
         assert documents(dataset, "val") == documents(dataset, "train") == ["Once upon a time.", "The end.", "last"]
     files = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
     assert asked == [("roneneldan/TinyStories", file) for file in files]  # once each
+    assert sources.named_corpus("tinystories", 1, 0.05, 0).size == 2 * len(story)
     shutil.rmtree(tmp_path / "downloads")
 
     def unreachable(*_, **__):

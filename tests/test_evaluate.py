@@ -334,17 +334,9 @@ def test_log_likelihoods_of_a_hugging_face_folder_are_those_of_the_harness_own_m
     from lm_eval.models.huggingface import HFLM
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=BLOCK,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, max_position_embeddings=BLOCK, bos_token_id=0, eos_token_id=0)
+    config = transformers.LlamaConfig(**shape)
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -353,9 +345,8 @@ def test_log_likelihoods_of_a_hugging_face_folder_are_those_of_the_harness_own_m
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
+    how = dict(special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, **how)
     tokenizer.train_from_iterator(["the key of a door, the keys of the doors"] * 9, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     names = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<end>", bos_token="<end>")

@@ -6,9 +6,9 @@ import pytest
 import test_attention as generic
 import torch.nn.functional as F
 from gated import HeadGated
+from test_train import run
 
 import sample
-import train
 from attention import ATTENTION, apply_rope
 from experiments import sweep
 from model import GPTConfig, KVCache
@@ -69,16 +69,11 @@ def failed_checks(variant, monkeypatch):
     return failed
 
 
-@pytest.mark.parametrize(
-    "mistake,check",
-    [
-        (CacheIgnored, "cache"),
-        (PositionsIgnored, "ragged"),
-        (FutureSeen, "causality"),
-        (DropoutInEval, "dropout"),
-        (KeysNotRotated, "distances"),
-    ],
-)
+MISTAKES = {CacheIgnored: "cache", PositionsIgnored: "ragged", FutureSeen: "causality", DropoutInEval: "dropout"}
+MISTAKES[KeysNotRotated] = "distances"
+
+
+@pytest.mark.parametrize("mistake,check", MISTAKES.items())
 def test_a_planted_mistake_is_caught(mistake, check, monkeypatch):
     assert failed_checks(HeadGated, monkeypatch) == set()
     assert check in failed_checks(mistake, monkeypatch)
@@ -90,8 +85,7 @@ def test_every_program_takes_it_by_name(tmp_path, data, capsys):
     gates = 6 * 2 * 32 * 4  # forward and backward, two layers
     assert config.flops_per_token() == GPTConfig(**{**shape, "attention": "mha"}).flops_per_token() + gates
     assert KVCache(config, 1, 10).nbytes == 10 * config.kv_bytes_per_token()
-    options = ["--preset", "tiny", "--attention", "gated", "--max_steps", "3", "--threads", "1", "--device", "cpu"]
-    train.main([*options, "--data_dir", data, "--out_dir", str(tmp_path / "run")])
+    run("--attention gated --max_steps 3 --out_dir", tmp_path / "run", data=data)
     capsys.readouterr()
     sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "key", "--max_new_tokens", "5", "--device", "cpu"])
     assert capsys.readouterr().out.startswith("key")
@@ -101,8 +95,7 @@ def test_every_program_takes_it_by_name(tmp_path, data, capsys):
 def test_compress_refuses_it_and_says_why(tmp_path, data, capsys):
     import compress
 
-    options = ["--preset", "tiny", "--attention", "gated", "--max_steps", "1", "--threads", "1", "--device", "cpu"]
-    train.main([*options, "--data_dir", data, "--out_dir", str(tmp_path / "run")])
+    run("--attention gated --max_steps 1 --out_dir", tmp_path / "run", data=data)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         compress.main(["--checkpoint", str(tmp_path / "run")])

@@ -3,7 +3,6 @@ left hanging.
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import arguments, metrics
 
 import options
 import sample
@@ -21,50 +21,19 @@ from attention import ATTENTION
 from checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = [
-    "--preset",
-    "tiny",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--batch_size",
-    "2",
-    "--schedule",
-    "constant",
-    "--eval_every",
-    "10",
-    "--eval_windows",
-    "5",
-    "--save_every",
-    "10",
-]
+OPTIONS = "--preset tiny --threads 1 --device cpu --dtype float32 --batch_size 2 --schedule constant"
+OPTIONS += " --eval_every 10 --eval_windows 5 --save_every 10"
 
 
 def alone(*options):
-    train.main([*OPTIONS, *map(str, options)])
+    train.main(arguments(OPTIONS, *options))
 
 
-def launch(*options, processes=2):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        str(ROOT / "train.py"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *OPTIONS, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+def launch(*options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, ROOT / "train.py", *arguments(OPTIONS, *options)]
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
 
 
 def together(*options):
@@ -73,10 +42,6 @@ def together(*options):
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return out
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_losses(a, b):
@@ -94,7 +59,7 @@ def test_a_run_goes_through_ddp_fsdp_and_one_process_as_if_it_had_been_one(tmp_p
     moved = tmp_path / "moved"
     out = together(*shared, "--grad_accum", 2, "--max_steps", 5, "--out_dir", moved)
     assert (
-        out.count("step     1/5") == 1 and "2 processes (ddp)" in out and out.count("A sample:") == 1
+        out.count("step     1/5") == out.count("A sample:") == 1 and "2 processes (ddp)" in out
     )  # rank 0 alone speaks
     assert load_checkpoint(moved)[1]["world_size"] == 2
     alone("--resume", "--max_steps", 10, "--out_dir", moved)  # grad_accum follows: 4 in one process
@@ -106,9 +71,8 @@ def test_a_run_goes_through_ddp_fsdp_and_one_process_as_if_it_had_been_one(tmp_p
     (_, one), (_, other) = load_checkpoint(tmp_path / "one"), load_checkpoint(moved)
     for name, weight in one["model"].items():
         torch.testing.assert_close(other["model"][name], weight, rtol=1e-3, atol=1e-4)
-    assert list(one["model"]) == list(other["model"]) and list(one["optimizer"]["state"]) == list(
-        other["optimizer"]["state"]
-    )
+    assert list(one["model"]) == list(other["model"])
+    assert list(one["optimizer"]["state"]) == list(other["optimizer"]["state"])
     capsys.readouterr()
     sample.main(["--checkpoint", str(moved), "--prompt", "key", "--max_new_tokens", "5"])
     assert capsys.readouterr().out.startswith("key")
@@ -145,21 +109,16 @@ def test_losing_one_process_ends_the_run_soon_and_it_resumes_bit_for_bit(tmp_pat
     while not (tmp_path / "cut" / "checkpoint.prev.pt").exists():
         time.sleep(0.01)
         assert process.poll() is None, process.stderr.read()
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     began = time.monotonic()
-    os.kill(int(listed[-1]), number)
+    os.kill(int(children.split()[-1]), number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - began < 40
-    assert (
-        "--resume --out_dir" in errors and 'train.py", line' not in errors
-    )  # one line of ours; torchrun adds its own account
+    # one line of ours; torchrun adds its own account
+    assert "--resume --out_dir" in errors and 'train.py", line' not in errors
     if number == signal.SIGTERM:
-        assert (
-            errors.count("stopped by SIGTERM") == 1
-            and "saved; go on with: torchrun --nproc_per_node 2 train.py" in errors
-        )
+        assert errors.count("stopped by SIGTERM") == 1
+        assert "saved; go on with: torchrun --nproc_per_node 2 train.py" in errors
     assert load_checkpoint(tmp_path / "cut")[1]["step"] < 150
     together("--resume", "--out_dir", tmp_path / "cut")
     (_, whole), (_, cut) = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
@@ -170,9 +129,7 @@ def test_losing_one_process_ends_the_run_soon_and_it_resumes_bit_for_bit(tmp_pat
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path, data):
-    process = launch(
-        "--data_dir", data, "--max_steps", 50, "--learning_rate", 1e18, "--warmup_steps", 0, "--out_dir", tmp_path / "s"
-    )
+    process = launch("--data_dir", data, "--learning_rate 1e18 --warmup_steps 0 --out_dir", tmp_path / "s")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count("stopped before the update") == 1
 
@@ -181,11 +138,8 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path, data):
 def test_a_mistake_is_reported_once(tmp_path, data):
     process = launch("--data_dir", data, "--n_embd", 30, "--out_dir", tmp_path / "r")
     _, errors = process.communicate(timeout=60)
-    assert (
-        process.returncode != 0
-        and errors.count("error: n_embd 30 is not divisible") == 1
-        and not (tmp_path / "r").exists()
-    )
+    assert process.returncode != 0 and errors.count("error: n_embd 30 is not divisible") == 1
+    assert not (tmp_path / "r").exists()
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, monkeypatch):

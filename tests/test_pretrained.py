@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from test_train import arguments
 
 import sample
 import train
@@ -15,7 +16,7 @@ from data.dataset import open_dataset
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer, load_tokenizer
 from checkpoint import modern_config, from_pretrained, load_checkpoint, to_pretrained
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
@@ -34,22 +35,14 @@ SHAPE = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
+LINEAR = dict(rope_type="linear", rope_theta=99.0, factor=3.0)
 KINDS = {
     "llama, tied": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=4)),
     "llama, untied, GQA, llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)),
-    "llama, linear rope, head_dim": (
-        "Llama",
-        dict(rope_parameters=dict(rope_type="linear", rope_theta=99.0, factor=3.0), head_dim=10),
-    ),
+    "llama, linear rope, head_dim": ("Llama", dict(rope_parameters=LINEAR, head_dim=10)),
     "llama, yarn rope": ("Llama", dict(rope_parameters=YARN)),
     "mistral": ("Mistral", dict(sliding_window=None, num_key_value_heads=1)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
@@ -66,9 +59,8 @@ def theirs(kind, **fields):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     name, own = KINDS[kind]
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**{**SHAPE, **own, **fields})
-    ).eval()
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **own, **fields})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
@@ -92,9 +84,8 @@ def changed(llama, folder, weights=None, **config):
     """A copy of the folder with another config.json (a None removes the key) and other weights."""
     folder.mkdir(exist_ok=True)
     content = {**json.loads((llama / "config.json").read_text()), **config}
-    (folder / "config.json").write_text(
-        json.dumps({name: value for name, value in content.items() if value is not None})
-    )
+    content = {name: value for name, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content))
     save_file(load_file(llama / "model.safetensors") if weights is None else weights, folder / "model.safetensors")
     return folder
 
@@ -109,15 +100,9 @@ def test_logits_are_those_of_transformers(tmp_path, kind, sharded):
     model.save_pretrained(tmp_path, max_shard_size="8KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     ours = from_pretrained(tmp_path)
-    assert (
-        not ours.training
-        and ours.config.attention == "mha"
-        and ours.config.kv_heads(0)[0] == model.config.num_key_value_heads
-    )
-    assert (
-        ours.n_params() == model.num_parameters()
-        and (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_embeddings
-    )
+    assert not ours.training and ours.config.kv_heads(0)[0] == model.config.num_key_value_heads
+    assert ours.n_params() == model.num_parameters()
+    assert (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_embeddings
     assert_same_logits(ours, model, tokens(2, T))
     new = model.generate(tokens(1, 9), max_new_tokens=12, do_sample=False)[0, 9:].tolist()
     assert ours.generate(tokens(1, 9).tolist(), 12, temperature=0) == [new]
@@ -146,29 +131,20 @@ def test_llama3_frequencies_stay_where_they_are_fast_and_slow_down_where_they_ar
     torch.testing.assert_close(share[turns < 1], torch.full_like(share[turns < 1], 1 / 8), rtol=1e-5, atol=1e-5)
     old = {name: value for name, value in vars(config).items() if name != "rope_frequencies"}
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}  # as checkpoints named it before
-    assert (
-        modern_config({**old, "rope_theta": 500.0, "rope_scaling": scaling})["rope_frequencies"]
-        == config.rope_frequencies
-    )
+    modern = modern_config({**old, "rope_theta": 500.0, "rope_scaling": scaling})
+    assert modern["rope_frequencies"] == config.rope_frequencies
 
 
-def test_weights_are_copied_and_a_window_can_be_cut(llama, tmp_path):
-    folder = changed(llama, tmp_path)
-    whole, cut = from_pretrained(folder), from_pretrained(folder, block_size=20)
+def test_a_window_can_be_cut(llama):
+    whole, cut = from_pretrained(llama), from_pretrained(llama, block_size=20)
     assert cut.config.block_size == 20 and cut.rope_cos.shape == (20, 1, 8)
-    before = whole(tokens(1, 9))[0]
-    with open(folder / "model.safetensors", "r+b") as file:  # the same file, as when a download begins anew
-        file.write(bytes((folder / "model.safetensors").stat().st_size))
-    assert torch.equal(whole(tokens(1, 9))[0], before)
+    assert torch.equal(cut(tokens(1, 20))[0], whole(tokens(1, 20))[0])
 
 
-@pytest.mark.parametrize(
-    "kind,fields",
-    [
-        ("mistral", dict(sliding_window=24)),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)),
-    ],
-)
+WINDOW = dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)
+
+
+@pytest.mark.parametrize("kind,fields", [("mistral", dict(sliding_window=24)), ("qwen2", WINDOW)])
 def test_a_sliding_window_ends_the_positions_before_it_would_matter(tmp_path, kind, fields):
     model = theirs(kind, **fields)
     model.save_pretrained(tmp_path)
@@ -187,10 +163,7 @@ def test_a_sliding_window_ends_the_positions_before_it_would_matter(tmp_path, ki
         (dict(hidden_act="gelu"), "computes something that GPT does not: logits differ"),
         (dict(attention_bias=True), "missing_keys"),
         (dict(model_type="no-such-model"), "transformers cannot load"),
-        (dict(model_type=["llama"]), "transformers cannot load"),
         (dict(hidden_size=16), "mismatched_keys"),
-        (dict(num_hidden_layers="2"), "transformers cannot load"),
-        (dict(rms_norm_eps="small"), "transformers cannot load|has no form for"),
     ],
 )
 def test_configs_that_mean_another_model_are_refused(llama, tmp_path, config, words):
@@ -204,11 +177,9 @@ def test_other_architectures_are_refused(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = SHAPE | dict(pad_token_id=0, num_hidden_layers=4)  # SmolLM3 leaves RoPE out of every fourth layer
+    shape = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4) if name == "GPT2" else shape
     model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))
-    kind = getattr(transformers, f"{name}Config")
-    model(kind(vocab_size=V, n_embd=32, n_layer=2, n_head=4) if name == "GPT2" else kind(**shape)).save_pretrained(
-        tmp_path
-    )
+    model(getattr(transformers, f"{name}Config")(**shape)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="GPT has no form for|GPT does not|do not fit"):
         from_pretrained(tmp_path)
 
@@ -296,14 +267,8 @@ def test_a_name_on_the_hub_is_fetched_or_one_line_says_what_to_do(llama, monkeyp
 
 def ours(**fields):
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            **{
-                **dict(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32, attention="mha", rope_theta=500.0),
-                **fields,
-            }
-        )
-    ).eval()
+    shape = dict(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32, attention="mha", rope_theta=500.0)
+    model = GPT(GPTConfig(**{**shape, **fields})).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
@@ -315,10 +280,7 @@ def ours(**fields):
         (dict(), "llama"),
         (dict(n_kv_head=2, head_dim=10, norm_eps=1e-4), "llama"),
         (dict(n_kv_head=[[2, 2], [2, 2]], tie_embeddings=True, embedding_multiplier=1.0), "llama"),
-        (
-            dict(tie_embeddings=True),
-            "llama",
-        ),  # its multiplier goes into the embedding, which is then no longer the head
+        (dict(tie_embeddings=True), "llama"),  # its multiplier goes into the embedding, no longer the head
         (dict(rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
         (dict(attention_bias=True, n_kv_head=1, head_dim=12), "qwen2"),
         (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
@@ -397,11 +359,8 @@ def with_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "words"
     to_pretrained(ours(), folder)
     words = ["<s>", "</s>", "<unk>", *(f"▁w{i}" for i in range(30)), "<0xC3>", "<0xA9>"]
-    t = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            {w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True
-        )
-    )
+    vocabulary, how = {w: i for i, w in enumerate(words)}, dict(byte_fallback=True, ignore_merges=True)
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", **how))
     t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     d = tokenizers.decoders
     t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
@@ -442,11 +401,8 @@ def test_an_exported_folder_has_its_tokenizer(with_tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     to_pretrained(ours(), tmp_path / "new", get_tokenizer(f"hf:{with_tokenizer}"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("w1 w2").input_ids == [0, 4, 5]
-    assert (
-        load_tokenizer(tmp_path / "new").end_of_text
-        == transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id
-        == 1
-    )
+    eos = transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id
+    assert load_tokenizer(tmp_path / "new").end_of_text == eos == 1
 
 
 def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, monkeypatch):
@@ -456,31 +412,12 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, 
     (tmp_path / "tokenizer.json").write_text((with_tokenizer / "tokenizer.json").read_text().replace("w7", "v7"))
     prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path}", out_dir=tmp_path / "words")
     assert open_dataset(tmp_path / "set").vocab_size == 35 < V
-    base = [
-        "--preset",
-        "tiny",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-        "--max_steps",
-        "2",
-        "--learning_rate",
-        "1e-9",
-        "--block_size",
-        "16",
-    ]
-    train.main(
-        [
-            *base,
-            "--data_dir",
-            str(tmp_path / "set"),
-            "--init_from",
-            str(with_tokenizer),
-            "--out_dir",
-            str(tmp_path / "run"),
-        ]
-    )
+    base = "--preset tiny --threads 1 --device cpu --max_steps 2 --learning_rate 1e-9 --block_size 16"
+
+    def run(data, start, out):
+        train.main(arguments(base, "--data_dir", tmp_path / data, "--init_from", start, "--out_dir", tmp_path / out))
+
+    run("set", with_tokenizer, "run")
     trained, state = load_checkpoint(tmp_path / "run")
     start = from_pretrained(with_tokenizer)
     assert trained.config.block_size == 16 and trained.config.attention == "mha"
@@ -492,73 +429,8 @@ def test_training_starts_from_a_folder(with_tokenizer, llama, tmp_path, capsys, 
         sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1 w2", "--device", "cpu"])
     assert prompts == [[4, 5]]  # documents began without <s> in training
     capsys.readouterr()
-    for folder, data in (
-        (with_tokenizer, "words"),
-        (with_tokenizer, "bytes"),
-        (llama, "bytes"),
-    ):  # the last two have more tokens than the model
+    # the last two have more tokens than the model
+    for folder, data in ((with_tokenizer, "words"), (with_tokenizer, "bytes"), (llama, "bytes")):
         with pytest.raises(SystemExit):
-            train.main(
-                [
-                    *base,
-                    "--data_dir",
-                    str(tmp_path / data),
-                    "--init_from",
-                    str(folder),
-                    "--out_dir",
-                    str(tmp_path / "other"),
-                ]
-            )
+            run(data, folder, "other")
         assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "other").exists()
-
-
-# --- QK-norm
-
-
-@pytest.mark.parametrize(
-    "attention,n_kv_head", [("mha", 2), ("mha", 4), ("mea", 2), ("mea", 4), ("mea", [[3, 1], [2, 4]])]
-)
-@pytest.mark.parametrize("chunks", [[17], [9, 8], [1] * 17], ids=["one", "two", "one by one"])
-def test_cached_equals_uncached_with_qk_norm(attention, n_kv_head, chunks):
-    model, x = ours(attention=attention, n_kv_head=n_kv_head, qk_norm=True), tokens(3, 17)
-    cache = KVCache(model.config, 3, 17)
-    parts = [model(part, cache=cache)[0] for part in x.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(x)[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("n_kv_head", [2, 3, 4])
-def test_with_qk_norm_the_forms_that_do_not_fold_agree(n_kv_head):
-    fields = dict(attention="mea", n_kv_head=n_kv_head, qk_norm=True)
-    x, logits = tokens(2, 17), ours(**fields)(tokens(2, 17))[0]
-    for form in ("compose", "absorb"):
-        torch.testing.assert_close(ours(**fields, mea_form=form)(x)[0], logits, rtol=1e-4, atol=1e-5)
-    model = ours(**fields)
-    for block in model.layers:
-        block.self_attn.form = "fold"
-    with pytest.raises(ValueError, match="do not fold"):
-        model(x)
-
-
-def test_qk_norm_makes_queries_and_keys_forget_their_length():
-    for attention in ("mha", "mea"):
-        model, x = ours(attention=attention, qk_norm=True, norm_eps=1e-12), tokens(2, 17)
-        logits = model(x)[0]
-        for block in model.layers:
-            block.self_attn.q_proj.weight.data *= 3
-            block.self_attn.k_proj.weight.data *= 5
-        torch.testing.assert_close(model(x)[0], logits, rtol=1e-4, atol=1e-5)
-        model.layers[0].self_attn.k_norm.weight.data *= 2
-        assert not torch.allclose(model(x)[0], logits, atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    "fields,words",
-    [
-        (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
-        (dict(rope_frequencies=[1.0]), "rope_frequencies must be 4 finite numbers"),
-        (dict(rope_frequencies="linear"), "rope_frequencies must be list"),
-    ],
-)
-def test_settings_that_cannot_be_built_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        ours(**fields)
