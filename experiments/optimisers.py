@@ -29,7 +29,8 @@ def code_blocks(section, language="python", text=None):
     """The fenced code blocks in a section of README.md, e.g. "Your own optimiser"."""
     text = (ROOT / "README.md").read_text() if text is None else text
     body = re.split(r"^## ", text.split(f"\n## {section}\n")[1], flags=re.M)[0]
-    return re.findall(rf"^```{language}\n(.*?)^```", body, flags=re.M | re.S)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", body, flags=re.M | re.S)
+    return [code for name, code in blocks if name == language]
 
 
 def shown_optimizer():
@@ -40,38 +41,31 @@ def shown_optimizer():
 
 
 def run(folder, make_optimizer, rate, seed, rest):
-    """The last line of a run's metrics, after training if it is not there yet."""
+    """The validation loss at the end of a run, after training if it has not ended yet."""
     if not finished(folder):
         train.make_optimizer = make_optimizer
         how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *rest]
         train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
-    return finished(folder)
+    return finished(folder)["val_loss"]
 
 
-def write(ends, how):
-    """`ends`: {(optimiser, rate): {seed: last line}}. Differences are paired by seed, to AdamW at its own rate."""
+def write(losses, how):
+    """`losses`: {(optimiser, rate): {seed: validation loss}}. Differences to what the preset ends with, by seed."""
+    preset = json.loads((RESULTS.parent / "losses.json").read_text())["table"]["mea"]["losses"]
     rows, cells = [], []
-    reference = min(
-        (key for key in ends if key[0] == "adamw"),
-        key=lambda key: mean_and_std(line["val_loss"] for line in ends[key].values())[0],
-    )
-    for (optimiser, rate), lines in ends.items():
-        losses = {seed: line["val_loss"] for seed, line in lines.items()}
-        row = dict(optimiser=optimiser, learning_rate=rate, losses=losses)
-        row["mean"], row["std"] = mean_and_std(losses.values())
-        paired = [loss - ends[reference][seed]["val_loss"] for seed, loss in losses.items() if seed in ends[reference]]
+    for (optimiser, rate), ends in losses.items():
+        row = dict(optimiser=optimiser, learning_rate=rate, losses=ends)
+        row["mean"], row["std"] = mean_and_std(ends.values())
+        paired = [loss - preset[seed] for seed, loss in ends.items()] if (optimiser, rate) != ("adamw", 6e-3) else []
         row["minus_adamw"], row["minus_adamw_std"] = mean_and_std(paired)
-        if (optimiser, rate) == reference:
-            row["minus_adamw"] = row["minus_adamw_std"] = None
         rows.append(row)
         loss, minus = (row["mean"], ".4f", row["std"]), (row["minus_adamw"], "+.4f", row["minus_adamw_std"])
-        cells.append([optimiser, f"{rate:g}", number(*loss), number(*minus), str(len(losses))])
-    heads = ["optimiser", "rate", "validation loss", f"minus AdamW at {reference[1]:g}, same seed", "seeds"]
-    RESULTS.with_suffix(".json").write_text(
-        json.dumps(dict(command=how, machine=machine(), rows=rows), indent=2) + "\n"
-    )
-    text = "\n".join(table(heads, cells))
-    RESULTS.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n\nMean ± standard deviation over seeds.\n")
+        cells.append([optimiser, f"{rate:g}", number(*loss), number(*minus), str(len(ends))])
+    content = dict(command=how, machine=machine(), rows=rows)
+    RESULTS.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    heads = ["optimiser", "rate", "validation loss", "minus AdamW at 0.006, same seed", "seeds"]
+    text = "\n".join(table(heads, cells)) + "\n\nMean ± standard deviation over seeds. AdamW at 0.006 is `losses.json`."
+    RESULTS.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
 
 
 def main(argv=None):
@@ -79,17 +73,19 @@ def main(argv=None):
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--learning_rates", default="6e-3,3e-3,1.2e-2", help="of both optimisers (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, .. of each (default 3)")
+    every = "adamw@6e-3,muon@1.2e-2,muon@2.5e-2,adamw@1.2e-2,muon@6e-3"
+    parser.add_argument("--runs", default=every, help="optimisers and their rates (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to 2 of each (default 3)")
     parser.add_argument("--out_dir", default="out/optimisers", help="where the run folders go (default %(default)s)")
     o, rest = parser.parse_known_args(argv)
-    rates = [float(rate) for rate in o.learning_rates.split(",")]
     optimisers = dict(adamw=train.make_optimizer, muon=shown_optimizer())
-    ends = {(name, rate): {} for name in optimisers for rate in rates}
+    runs = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
+    losses = {each: {} for each in runs}
     for seed in range(o.seeds):
-        for (name, rate), lines in ends.items():
-            lines[seed] = run(ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}", optimisers[name], rate, seed, rest)
-            write({key: value for key, value in ends.items() if value}, command("optimisers.py", argv))
+        for name, rate in runs:
+            folder = ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}"
+            losses[name, rate][str(seed)] = run(folder, optimisers[name], rate, seed, rest)
+            write({each: ends for each, ends in losses.items() if ends}, command("optimisers.py", argv))
     print(RESULTS.with_suffix(".md").read_text())
 
 
