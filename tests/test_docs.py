@@ -133,7 +133,7 @@ def commands():
     found = set()
     for document in DOCUMENTS:
         text = re.sub(r"\\\n", " ", (ROOT / document).read_text())
-        for program, rest in re.findall(r"\b(?:python|train\.py's|torchrun .*?) ?([\w/]+\.py)((?: [^\n`#&|]*)?)", text):
+        for program, rest in re.findall(r"\b(?:python|torchrun .*?) ([\w/]+\.py)((?: [^\n`#&|]*)?)", text):
             found.add((document, program, tuple(re.findall(r"--(\w+)", rest))))
     return sorted(found)
 
