@@ -11,16 +11,21 @@ to train.py.
 import argparse
 import json
 import re
+import statistics
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from options import OneLineParser, run_program  # before torch
 
+import torch
+
 import train
 from experiments.report import command, machine, mean_and_std, number, table
 from experiments.sweep import finished
+from model import GPT, PRESETS, GPTConfig
 
 RESULTS = ROOT / "experiments/results/optimisers"
 
@@ -49,21 +54,35 @@ def run(folder, make_optimizer, rate, seed, rest):
     return finished(folder)["val_loss"]
 
 
-def write(losses, how):
-    """`losses`: {(optimiser, rate): {seed: validation loss}}. Differences to what the preset ends with, by seed."""
+def update_ms(make_optimizer):
+    """Milliseconds of CPU that an update of the default preset's weights takes: the median of eight, one thread."""
+    torch.set_num_threads(1)
+    model = GPT(GPTConfig(vocab_size=2048, **PRESETS["small"]))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer, times = make_optimizer(model.parameter_groups(0.1), 1e-3), []
+    for _ in range(9):
+        began = time.process_time()
+        optimizer.step()
+        times.append(1e3 * (time.process_time() - began))
+    return statistics.median(times[1:])  # the first one allocates
+
+
+def write(losses, times, how):
+    """Write the table. `losses`: {(optimiser, rate): {seed: loss}}; differences are to the preset's, by seed."""
     preset = json.loads((RESULTS.parent / "losses.json").read_text())["table"]["mea"]["losses"]
     rows, cells = [], []
-    for (optimiser, rate), ends in losses.items():
-        row = dict(optimiser=optimiser, learning_rate=rate, losses=ends)
+    for (optimiser, rate), ends in {("adamw", 6e-3): preset, **losses}.items():
+        row = dict(optimiser=optimiser, learning_rate=rate, losses=ends, update_ms=times[optimiser])
         row["mean"], row["std"] = mean_and_std(ends.values())
-        paired = [loss - preset[seed] for seed, loss in ends.items()] if (optimiser, rate) != ("adamw", 6e-3) else []
+        paired = [loss - preset[seed] for seed, loss in ends.items()] if ends is not preset else []
         row["minus_adamw"], row["minus_adamw_std"] = mean_and_std(paired)
         rows.append(row)
         loss, minus = (row["mean"], ".4f", row["std"]), (row["minus_adamw"], "+.4f", row["minus_adamw_std"])
-        cells.append([optimiser, f"{rate:g}", number(*loss), number(*minus), str(len(ends))])
+        cells.append([optimiser, f"{rate:g}", number(*loss), number(*minus), f"{times[optimiser]:.1f}", str(len(ends))])
     content = dict(command=how, machine=machine(), rows=rows)
     RESULTS.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    heads = ["optimiser", "rate", "validation loss", "minus AdamW at 0.006, same seed", "seeds"]
+    heads = ["optimiser", "rate", "validation loss", "minus AdamW at 0.006, same seed", "ms an update", "seeds"]
     text = "\n".join(table(heads, cells)) + "\n\nMean ± standard deviation over seeds. AdamW at 0.006 is `losses.json`."
     RESULTS.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
 
@@ -73,19 +92,19 @@ def main(argv=None):
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    every = "adamw@6e-3,muon@1.2e-2,muon@2.5e-2,adamw@1.2e-2,muon@6e-3"
+    every = "muon@6e-3,muon@1.2e-2,muon@2.5e-2,adamw@1.2e-2"
     parser.add_argument("--runs", default=every, help="optimisers and their rates (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to 2 of each (default 3)")
     parser.add_argument("--out_dir", default="out/optimisers", help="where the run folders go (default %(default)s)")
     o, rest = parser.parse_known_args(argv)
     optimisers = dict(adamw=train.make_optimizer, muon=shown_optimizer())
     runs = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
-    losses = {each: {} for each in runs}
+    times, losses = {name: update_ms(make) for name, make in optimisers.items()}, {each: {} for each in runs}
     for seed in range(o.seeds):
         for name, rate in runs:
             folder = ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}"
             losses[name, rate][str(seed)] = run(folder, optimisers[name], rate, seed, rest)
-            write({each: ends for each, ends in losses.items() if ends}, command("optimisers.py", argv))
+            write({each: ends for each, ends in losses.items() if ends}, times, command("optimisers.py", argv))
     print(RESULTS.with_suffix(".md").read_text())
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import attention
+import model as gpt
 import options
 import sample
 import train
@@ -126,6 +127,16 @@ def test_programs_name_their_picture_or_how_to_get_one(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     line = options.save_picture(tmp_path / "loss.png", lambda plt: plt.figure())
     assert line == f"picture: {tmp_path / 'loss.png'}" and (tmp_path / "loss.png").exists()
+
+
+def test_model_py_says_what_each_attention_costs(capsys):
+    gpt.main(["--preset", "tiny", "--vocab_size", "300"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    costs = {row[0]: row[1:] for row in rows if len(row) == 6 and row[0] in attention.ATTENTION}
+    config = GPTConfig(vocab_size=300, attention="mea", **gpt.PRESETS["tiny"])
+    assert set(costs) == set(attention.ATTENTION)
+    assert costs["mea"][:2] == [f"{GPT(config).n_params():,}", f"{config.flops_per_token():,}"]
+    assert costs["mea"][2] == f"{config.kv_bytes_per_token(torch.bfloat16):,}"
 
 
 def commands():
