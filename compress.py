@@ -11,7 +11,7 @@ for values. `approximate` solves (*), `compress_layer` does it to a layer, `comp
 which layers can spare how many heads, `heal` trains what is left. Read `attention.py` first.
 """
 
-from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, say
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, save_picture, say
 
 import copy
 import json
@@ -744,15 +744,8 @@ def print_report(report):
         say(f"{layer:>5}{n_k:>7}{n_v:>8}{100 * error['k']:>23.3f}{100 * error['v']:>8.3f}")
 
 
-def draw_report(report, path):
-    """Errors per layer, the probe and the loss against the cache, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw_report(plt, report):
+    """Errors per layer, the probe and the loss against the cache."""
     panels = ["errors", *(name for name in ("probe", "curve") if name in report)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
     layers = range(len(report["ranks"]))
@@ -775,8 +768,7 @@ def draw_report(report, path):
             ax.set(xlabel="cached bytes per token", ylabel="loss (nats per token)", xlim=(0, None))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def export(o, given):
@@ -811,11 +803,11 @@ def main(argv=None):
             config = dict(format=FORMAT, model=asdict(model.config))
             for name, content in (("config.json", config), ("report.json", report)):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-            draw_report(report, folder / "report.png")
+        picture = save_picture(Path(o.out_dir) / "report.png", lambda plt: draw_report(plt, report))
     except (ValueError, OSError) as error:
         fail(error)
     print_report(report)
-    say(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {o.out_dir}")
+    say(f"\nwrote {o.out_dir}; {picture}; try: python sample.py --checkpoint {o.out_dir}")
 
 
 if __name__ == "__main__":

@@ -440,23 +440,31 @@ def build_config(options, **changes):
 
 
 def main(argv=None):
-    options, _ = parse_options(Options, argv, PRESETS)
+    """What a model of this shape costs with each attention, or with the one that --attention names, in one table."""
+    options, given = parse_options(Options, argv, PRESETS)
     try:
         config = build_config(options)
     except ValueError as error:
         fail(error)
-    with torch.device("meta"):  # shapes without memory: the largest preset is 1.5 billion parameters
-        model = GPT(config)
-    embeddings = model.embed_tokens.weight.numel() * (1 if config.tie_embeddings else 2)
-    heads = f"{config.n_head} heads of {config.head_dim}"
-    print(f"preset {options.preset}, {config.attention}, {config.n_layer} layers, {heads}, width {config.n_embd}")
-    print(f"  parameters                 {model.n_params():>16,}   of which embeddings and head {embeddings:,}")
-    flops = config.flops_per_token()
-    print(f"  FLOPs per training token   {flops:>16,}   forward and backward, at {config.block_size} positions")
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        per_token = config.kv_bytes_per_token(dtype)
-        size = f"{per_token * config.block_size / 2**20:,.1f} MiB for {config.block_size} positions"
-        print(f"  cached bytes per token     {per_token:>16,}   {name}; {size}")
+    heads = f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}, width {config.n_embd}"
+    print(f"preset {options.preset}: {heads}, {config.vocab_size:,} tokens, {config.block_size:,} positions\n")
+    window = f"cache of {config.block_size:,}"
+    print(f"{'variant':<18}{'parameters':>14}{'FLOPs/training token':>22}{'cached bytes/token':>20}{window:>18}")
+    variants = [(name, config.n_kv_head) for name in ([options.attention] if "attention" in given else ATTENTION)]
+    if not given & {"attention", "n_kv_head"} and config.n_kv_head > 1:
+        variants.append(("mea", config.n_kv_head // 2))
+    for name, n_kv_head in variants:
+        try:
+            config = build_config(options, attention=name, n_kv_head=n_kv_head)
+        except ValueError:  # what was given is not for this variant
+            continue
+        with torch.device("meta"):  # shapes without memory: the largest preset is 1.5 billion parameters
+            parameters = GPT(config).n_params()
+        title = name if n_kv_head == config.n_head else f"{name}, {n_kv_head} of {config.n_head} kv"
+        cached = config.kv_bytes_per_token(torch.bfloat16)
+        size = f"{cached * config.block_size / 2**20:,.1f} MiB"
+        print(f"{title:<18}{parameters:>14,}{config.flops_per_token():>22,}{cached:>20,}{size:>18}")
+    print("\nFLOPs: forward and backward at that many positions. Bytes: in bfloat16; float32 takes twice as many.")
 
 
 if __name__ == "__main__":

@@ -220,3 +220,20 @@ def write_atomically(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def save_picture(path, draw):
+    """Write the figure that draw(pyplot) returns. Returns a line that says where it is, or, without matplotlib, how to
+    get one."""
+    try:
+        import matplotlib
+    except ImportError:
+        return f"no {Path(path).name}: pip install matplotlib"
+    if "matplotlib.pyplot" not in sys.modules:  # a notebook shows its own figures
+        matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = draw(pyplot)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return f"picture: {path}"

@@ -14,11 +14,13 @@ from options import (
     option,
     parse_options,
     run_program,
+    save_picture,
     say,
     write_atomically,
 )
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -87,6 +89,7 @@ class Options(GPTConfig):
     eval_every: int = option(50, "steps between evaluations", least=1)
     eval_windows: int = option(64, "validation windows, always the same ones", least=1, most=gpt.LARGEST)
     save_every: int = option(50, "steps between checkpoints", least=1)
+    log: str = option("none", "where else metrics go; both stay on this machine", ["none", "tensorboard", "wandb"])
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     dtype: str = option(
@@ -112,7 +115,7 @@ class Options(GPTConfig):
 
 # What --resume may change: the rest would make it another run.
 CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every"} | {
-    *("device", "kernel", "parallel", "activation_checkpointing", "compile", "threads")
+    *("log", "device", "kernel", "parallel", "activation_checkpointing", "compile", "threads")
 }
 # What --init_from may change; attention only from mha to mea, which starts as the same function.
 REFITTED = {"dropout", "block_size", "attention", "head_norm", "compose", "mea_form"}
@@ -313,6 +316,8 @@ def open_run(o, given, held):
         state = load_checkpoint(out)[1]
         o = resumed_options(o, given, state, out)
     o.out_dir = str(out)
+    if o.log != "none" and not importlib.util.find_spec(o.log):
+        raise ValueError(f"log {o.log} needs a package: pip install {o.log}")
     choose_device(o.device)
     set_kernel(o.kernel)
     config = build_config(o)  # the vocabulary comes with the data: check all the rest first
@@ -462,7 +467,8 @@ def train(o, config, dataset, state=None):
     model.train()
     began = shown = time.monotonic()
     try:
-        with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
+        shown_in = open_log(o if rank == 0 else Options(), out, step)
+        with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics, shown_in as show:
             while step < o.max_steps:
                 started = time.monotonic()
                 if rank > 0:  # dropout: rank 0 goes on with its saved stream, others' follow from (seed, rank, step)
@@ -500,6 +506,7 @@ def train(o, config, dataset, state=None):
                     line["val_bpb"] = dataset.bits_per_byte(line["val_loss"])
                     line["peak_memory"] = peak_memory(device)
                 metrics.write(json.dumps(line) + "\n")
+                show(line)
                 if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     print_progress(line, o.max_steps, (shown - began) / (step - first_step))
@@ -512,8 +519,6 @@ def train(o, config, dataset, state=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if rank == 0:
-        draw_losses(out)
     return model
 
 
@@ -570,6 +575,23 @@ def prepare_folder(o, config, dataset, step):
         dataset.tokenizer.save(out)
 
 
+@contextlib.contextmanager
+def open_log(o, out, step):
+    """What --log says: a function that gives a line of metrics to TensorBoard or, offline, to Weights & Biases."""
+    if o.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(out / "tensorboard", purge_step=step + 1) as writer:
+            yield lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
+    elif o.log == "wandb":
+        import wandb
+
+        with wandb.init(project="nanomea", name=out.name, dir=out, mode="offline", config=asdict(o)) as run:
+            yield lambda line: run.log(line, step=line["step"])
+    else:
+        yield lambda line: None
+
+
 def print_progress(line, max_steps, seconds_per_step):
     left = round(seconds_per_step * (max_steps - line["step"]))
     text = f"step {line['step']:>5}/{max_steps}  loss {line['train_loss']:.3f}  "
@@ -583,28 +605,18 @@ def print_progress(line, max_steps, seconds_per_step):
     say(f"{text}{line['tokens_per_second']:,.0f} tokens/s  ETA {left // 60}:{left % 60:02d}")
 
 
-def draw_losses(out):
-    """loss.png from metrics.jsonl, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw_losses(plt, out):
+    """The losses of a run's metrics.jsonl against training tokens."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "val_loss" in line]
-    if not evaluated:
-        return
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for chosen, name, style in ((lines, "train_loss", "-"), (evaluated, "val_loss", "o-")):
         axes.plot([line["tokens"] / 1e6 for line in chosen], [line[name] for line in chosen], style, label=name, lw=0.8)
-    title = f"{out.name}: validation {evaluated[-1]['val_loss']:.4f}"
+    title = out.name + (f": validation {evaluated[-1]['val_loss']:.4f}" if evaluated else "")
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def main(argv=None):
@@ -647,7 +659,8 @@ def main(argv=None):
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     other, *others = [name for name in ATTENTION if name != config.attention]
     again = f"python train.py --preset {options.preset} --attention {other} --out_dir out/{options.preset}-{other}"
-    say(f"Done in {minutes} min {seconds} s. Try next:")
+    picture = save_picture(Path(out) / "loss.png", lambda plt: draw_losses(plt, Path(out)))
+    say(f"Done in {minutes} min {seconds} s; {picture}. Try next:")
     say(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
     say(f"  {again}    # or {', '.join(others)}")
     say(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")

@@ -34,7 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program  # before torch
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, save_picture
 
 import torch
 import torch.nn as nn
@@ -44,7 +44,7 @@ import kernels
 import train
 from experiments import minutes
 from experiments.aot import TARGETS, compile_ahead, record_launches
-from experiments.report import command, machine, save_picture, table
+from experiments.report import command, machine, table
 from kernels import mea_attention, mea_decode, rms_norm
 from model import GPT, PRESETS, GPTConfig, KVCache
 
@@ -492,7 +492,7 @@ def draw(rows, path):
             ax.legend(fontsize=7)
         return figure
 
-    save_picture(path, figure)
+    print(save_picture(path, figure))
 
 
 def draw_training(ax, rows):

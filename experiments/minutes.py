@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 import train
-from experiments.report import machine, save_picture, table
+from experiments.report import machine, table
+from options import save_picture
 
 SETTINGS = train.PRESETS["small"]
 RATES = 1e-3, 3e-3, 6e-3
@@ -101,7 +102,7 @@ def measure(checkout, threads, results, how):
     lines = list(report(content))
     results.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    save_picture(results.with_suffix(".png"), lambda plt: draw(content["runs"], plt))
+    print(save_picture(results.with_suffix(".png"), lambda plt: draw(content["runs"], plt)))
 
 
 def minutes_of(point, threads):

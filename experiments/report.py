@@ -1,4 +1,4 @@
-"""What the experiments share: how a result was made, Markdown tables, pictures."""
+"""What the experiments share: how a result was made, Markdown tables."""
 
 import platform
 import statistics
@@ -33,18 +33,3 @@ def table(heads, rows):
     yield "|" + "---|" * len(heads)
     for row in rows:
         yield f"| {' | '.join(row)} |"
-
-
-def save_picture(path, draw):
-    """Write what draw(pyplot) returns, a figure, to `path`, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: pip install matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = draw(plt)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -50,7 +50,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from options import OneLineParser, fail, parse_options, run_program  # before torch
+from options import OneLineParser, fail, parse_options, run_program, save_picture  # before torch
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ import torch
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
-from experiments.report import command, machine, mean_and_std, number, save_picture, table
+from experiments.report import command, machine, mean_and_std, number, table
 from model import GPT, GPTConfig, build_config
 
 DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
@@ -474,7 +474,7 @@ def read_rates(path):
 def write_picture(path, data, draw):
     """Write path.json and, where matplotlib is installed, path.png: draw(pyplot, data) returns a figure."""
     Path(f"{path}.json").write_text(json.dumps(data) + "\n")
-    save_picture(Path(f"{path}.png"), lambda plt: draw(plt, data))
+    print(save_picture(f"{path}.png", lambda plt: draw(plt, data)))
 
 
 def line_style(variant):
@@ -711,8 +711,9 @@ def main(argv=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    draw_runs(root, results, tabulate(), a.seeds)
+    rows = tabulate()
     print(results.with_suffix(".md").read_text())
+    draw_runs(root, results, rows, a.seeds)
 
 
 if __name__ == "__main__":
