@@ -46,12 +46,10 @@ def shown_optimizer():
 
 
 def run(folder, make_optimizer, rate, seed, rest):
-    """The validation loss at the end of a run, after training if it has not ended yet."""
-    if not finished(folder):
-        train.make_optimizer = make_optimizer
-        how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *rest]
-        train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
-    return finished(folder)["val_loss"]
+    """Train, or go on training, with another optimiser."""
+    train.make_optimizer = make_optimizer
+    how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *rest]
+    train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
 
 
 def update_ms(make_optimizer):
@@ -92,19 +90,27 @@ def main(argv=None):
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    every = "muon@6e-3,muon@1.2e-2,muon@2.5e-2,adamw@1.2e-2"
+    every = "adamw@1.2e-2,muon@6e-3,muon@1.2e-2,muon@2.5e-2"
     parser.add_argument("--runs", default=every, help="optimisers and their rates (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to 2 of each (default 3)")
     parser.add_argument("--out_dir", default="out/optimisers", help="where the run folders go (default %(default)s)")
     o, rest = parser.parse_known_args(argv)
     optimisers = dict(adamw=train.make_optimizer, muon=shown_optimizer())
     runs = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
-    times, losses = {name: update_ms(make) for name, make in optimisers.items()}, {each: {} for each in runs}
+    folder = lambda name, rate, seed: ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}"
+    times = {name: update_ms(make) for name, make in optimisers.items()}
+
+    def tabulate():
+        ends = {each: {str(seed): finished(folder(*each, seed)) for seed in range(o.seeds)} for each in runs}
+        losses = {each: {seed: end["val_loss"] for seed, end in by.items() if end} for each, by in ends.items()}
+        write({each: by for each, by in losses.items() if by}, times, command("optimisers.py", argv))
+
+    tabulate()
     for seed in range(o.seeds):
         for name, rate in runs:
-            folder = ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}"
-            losses[name, rate][str(seed)] = run(folder, optimisers[name], rate, seed, rest)
-            write({each: ends for each, ends in losses.items() if ends}, times, command("optimisers.py", argv))
+            if not finished(folder(name, rate, seed)):
+                run(folder(name, rate, seed), optimisers[name], rate, seed, rest)
+                tabulate()
     print(RESULTS.with_suffix(".md").read_text())
 
 
