@@ -1,8 +1,9 @@
 """Four attentions side by side: MHA, Talking-Heads, Differential and Multi-head Explicit Attention.
 
 Everything they share is in `Attention`; below it, each variant is its formula. Start with `MHA`, then read `MEA`: they
-differ by two small matrices. Run `python attention.py` for a table of what each costs; read `model.py` next, and
-`kernels.py` when you want to know how it is made fast.
+differ by two small matrices. A fifth, `Latent`, is what MEA's compressed cache is measured against. Run `python
+attention.py` for a table of what each costs; read `model.py` next, and `kernels.py` when you want to know how it is
+made fast.
 
 Five terms
     component head      a head that is projected from the input; its keys and values are what a cache holds
@@ -109,6 +110,7 @@ class Attention(nn.Module):
 
     head_norm_by_default = False  # where config.head_norm is None
     outputs = 1  # heads that go into one output head, which is as many times as wide
+    caches_rotated_keys = True  # False: keys are made from what is cached, by `rebuild_keys`, and rotated when read
     incompressible = ""  # why compress.py cannot halve its cache; None: it can. Not inherited: see below
 
     def __init_subclass__(cls):
@@ -154,10 +156,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
         k, v = (heads.view(B, T, -1, self.head_dim) for heads in self.project(x, cache))  # (B, T, n, D)
-        k = apply_rope(self.k_norm(k), rope)
+        if self.caches_rotated_keys:
+            k = apply_rope(self.k_norm(k), rope)
         positions = None
         if cache is not None:
             k, v, positions = cache.append(k, v)  # (B, S, n, D)
+        if not self.caches_rotated_keys:
+            k = apply_rope(self.k_norm(self.rebuild_keys(k)), rope if cache is None else cache.rope(k.size(1)))
         y = self.normed_heads(x, *(heads.transpose(1, 2) for heads in (q, k, v)), positions)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
@@ -179,7 +184,7 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four
+# The four, and the latent one
 
 
 class MHA(Attention):
@@ -432,13 +437,53 @@ class MEA(Attention):
         return equal
 
 
+class Latent(Attention):
+    """Attention from a low-rank cache: keys and values of all heads are linear in two short vectors per position.
+
+    c_k = W_k x,  c_v = W_v x  are cached, before RoPE: n_k*D and n_v*D numbers.  K = RoPE(U_k c_k),  V = U_v c_v  are
+    rebuilt for `config.latent_heads` heads (default: all), K whenever it is read. What MLA caches (2405.04434),
+    without its extra rotary head; what MEA caches if U could be any matrix, instead of one that commutes with RoPE.
+
+    With one new position U_v goes behind the average, U_v (A_h c_v), and no value is rebuilt. RoPE keeps keys from
+    that: each cached position costs 2 n D n_k D FLOPs again for every token, where MEA reads n_k D numbers.
+    """
+
+    caches_rotated_keys = False
+    incompressible = "what it caches is compressed already"
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.n_rebuilt = config.latent_heads or config.n_head
+        self.k_up_proj, self.v_up_proj = (
+            nn.Linear(n * self.head_dim, self.n_rebuilt * self.head_dim, bias=False) for n in (self.n_k, self.n_v)
+        )
+
+    @classmethod
+    def check_heads(cls, n_head, n_k, n_v):
+        """Any sizes that `GPTConfig` allows."""
+
+    def rebuild_keys(self, c):
+        """(B, S, n_k, D) -> (B, S, n, D)."""
+        return self.k_up_proj(c.flatten(2)).unflatten(2, (-1, self.head_dim))
+
+    def attend(self, x, q, k, v, positions):
+        if q.size(2) > 1 or self.drop:
+            v = self.v_up_proj(v.transpose(1, 2).flatten(2)).unflatten(2, (-1, self.head_dim))  # (B, S, n, D)
+            return causal_attention(q, k, v.transpose(1, 2), positions, self.drop)
+        # Pieces as wide as a head: fused attention is ten times slower with values wider than keys.
+        pieces = [c[:, None].expand_as(k) for c in v.unbind(1)]  # n_v of them
+        average = torch.cat([causal_attention(q, k, piece, positions) for piece in pieces], dim=-1)  # (B, H, 1, n_v*D)
+        up = self.v_up_proj.weight.view(self.n_rebuilt, self.head_dim, -1)  # (n, D, n_v*D)
+        return (average.unflatten(1, (self.n_rebuilt, -1)) @ up.mT[:, None]).flatten(1, 2)  # (B, H, 1, D)
+
+
 def one_hot_composition(n_component, n_head):
     """(Hc, H) whose column h picks component h * Hc // H: the identity for Hc == H, otherwise grouped-query
     attention."""
     return F.one_hot(torch.arange(n_head) * n_component // n_head, n_component).float().T.contiguous()
 
 
-ATTENTION = {"mha": MHA, "tha": TalkingHeads, "dfa": DFA, "mea": MEA}
+ATTENTION = {"mha": MHA, "tha": TalkingHeads, "dfa": DFA, "mea": MEA, "latent": Latent}
 
 
 def main():

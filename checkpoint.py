@@ -56,7 +56,7 @@ def save_checkpoint(folder, state):
 
 
 def find_checkpoint(path):
-    """The file that `path` means: itself, the newest in a run folder, or a Hugging Face folder's config.json.
+    """The file that `path` means: itself, the newest in a run folder, or a Hugging Face folder's config.json or .gguf.
 
     What is not on this disk and looks like OWNER/NAME is fetched from the hub. Raises FileNotFoundError or ValueError.
     """
@@ -78,14 +78,14 @@ def find_checkpoint(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode, state) from a run folder, a checkpoint file, a Hugging Face folder or name.
+    """(model in eval mode, state) from a run folder, a checkpoint file, a Hugging Face folder, name or .gguf file.
 
     The archive's own CRCs find damage before anything is read. The state of a Hugging Face model has `model` and
     `config` only. Raises FileNotFoundError, OSError or ValueError, in one line.
     """
     path = find_checkpoint(path)
-    if path.name == "config.json":
-        model = from_pretrained(path.parent, device)
+    if path.name == "config.json" or path.suffix == ".gguf":
+        model = from_pretrained(path, device)
         return model, dict(model=model.state_dict(), config=asdict(model.config))
     previous = path.with_name("checkpoint.prev.pt")
     hint = ""
@@ -206,14 +206,8 @@ def frequencies_of(config):
     return rotary.inv_freq.double().tolist(), float(rotary.attention_scaling)
 
 
-def from_pretrained(name_or_folder, device="cpu", block_size=None):
-    """The model, in eval mode, of a Hugging Face folder or hub name: an MHA with the same key/value heads.
-
-    transformers loads it; both models must then agree on 64 tokens, logits within 1e-4 of their size in float32.
-    `block_size` caps the positions, and so does a sliding window: up to its length every position sees all before it,
-    as here. Raises FileNotFoundError or ValueError, in one line, for what is not whole or computes something else.
-    """
-    folder = find_checkpoint(name_or_folder).parent
+def check_weights(folder):
+    """Raise ValueError or FileNotFoundError, in one line, unless there are safetensors in a Hugging Face folder."""
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
@@ -222,15 +216,30 @@ def from_pretrained(name_or_folder, device="cpu", block_size=None):
         pickled = any(list(folder.glob(pattern)) for pattern in ("*.bin", "*.pth", "*.pt"))
         why = "pickled weights only, and nothing is unpickled here: convert them" if pickled else "no weights: download"
         raise FileNotFoundError(f"{folder} has {why} model.safetensors")
+
+
+def from_pretrained(name_or_folder, device="cpu", block_size=None):
+    """The model, in eval mode, of a Hugging Face folder, hub name or .gguf file: an MHA with the same key/value heads.
+
+    transformers loads it; both models must then agree on 64 tokens, logits within 1e-4 of their size in float32.
+    `block_size` caps the positions, and so does a sliding window: up to its length every position sees all before it,
+    as here. Raises FileNotFoundError or ValueError, in one line, for what is not whole or computes something else.
+    """
+    path = find_checkpoint(name_or_folder)
+    folder, how = path.parent, dict(use_safetensors=True)
+    if path.suffix == ".gguf":  # its weights, often of 4 or 8 bits, become float32
+        how = dict(gguf_file=path.name)
+    else:
+        check_weights(folder)
     transformers = import_transformers()
     try:
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
+            **how,
         )
     except Exception as error:  # config.json may hold anything, and transformers raises anything for it
         raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:200]}") from error

@@ -54,6 +54,9 @@ class GPTConfig:
     head_norm: bool | None = option(
         None, "RMS norm on each head's output (default: the variant's own, on for dfa and mea)"
     )
+    latent_heads: int | None = option(
+        None, "heads that --attention latent rebuilds for n_head queries (default: n_head)", least=1, most=LARGEST
+    )
     qk_norm: bool = option(False, "RMS norm on query and key heads before RoPE, as in Qwen3")
     compose: str = option(
         "full", "MEA's composition matrices: full, or diagonal, one number per head", ["full", "diagonal"]
@@ -80,6 +83,8 @@ class GPTConfig:
             )
         if self.compose != "full" and not hasattr(variant, "compositions"):
             raise ValueError(f"compose {self.compose} is for mea: {self.attention} composes no heads")
+        if self.latent_heads and (self.attention != "latent" or self.n_head % self.latent_heads):
+            raise ValueError(f"latent_heads {self.latent_heads} must divide n_head {self.n_head}, and is for latent")
         if self.head_norm is None:
             self.head_norm = variant.head_norm_by_default
         if self.head_dim is None:
@@ -176,6 +181,10 @@ class LayerCache:
             None  # MEA keeps its folded projections here: they are valid as long as the entries made with them
         )
 
+    def rope(self, length):
+        """(cos, sin) of the cached positions, each (length, 1, D): a row's entry stands where it is stored."""
+        return tuple(table[:length] for table in self.cache.rope)
+
     def append(self, k, v):
         """Write k (B, T, n_k, D), v (B, T, n_v, D) behind each row's entries; return all so far and `positions`.
 
@@ -194,7 +203,7 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys (after RoPE) and values of the heads that a model caches, allocated once: exactly `nbytes`.
+    """What a model caches, keys (after RoPE, but for latents) and values, allocated once: exactly `nbytes`.
 
     Layer l holds (B, max_length, n_k, D) keys and (B, max_length, n_v, D) values, with `config.kv_heads(l)` = n_k, n_v:
     for MEA the component heads. `lengths` has the number of valid positions of each row.
@@ -202,6 +211,9 @@ class KVCache:
 
     def __init__(self, config, batch_size, max_length, dtype=torch.float32, device="cpu"):
         self.max_length, self.device = max_length, device
+        if not ATTENTION[config.attention].caches_rotated_keys:
+            tables = rope_table(max_length, config.head_dim, config.rope_theta, config.rope_frequencies)
+            self.rope = tuple(table.to(device) for table in tables)
         self.layers = []
         for layer in range(config.n_layer):
             n_k, n_v = config.kv_heads(layer)

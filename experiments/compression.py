@@ -1,32 +1,38 @@
 """Half the cache, by every method and budget: the tables of the report.
 
     python experiments/compression.py --checkpoints out/sweep/mha-seed0,out/sweep/mea-seed0
-    python experiments/compression.py --pretrained FOLDER --data_dir data/prose --other_data_dir data/code
+    python experiments/compression.py --pretrained FOLDER --calibration_data data/a,data/b,data/c --data_dir data/d
 
 The first runs compress.py on checkpoints of ours, heals, and trains the originals for the same steps. The second
-measures a Hugging Face model before any healing, on text like the calibration text and on other text. Finished rows are
+measures a Hugging Face model before any healing, on text like the calibration texts and on text that calibration never
+saw, and how fast it decodes. Finished rows are
 kept in experiments/results/, so that the command can be repeated until it is done; experiments/LOG.md names the weights
 and the data of the committed tables. Read compress.py first.
 """
 
+import copy
+import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
-from options import fail, option, parse_options, run_program, write_atomically  # before torch
+from options import choose_dtype, fail, option, parse_options, run_program, write_atomically  # before torch
 
 import torch
 
 from checkpoint import from_pretrained
-from compress import choose_ranks, compress, probe
-from data.dataset import WindowSampler, open_dataset, validation_windows
+from compress import Mixture, calibrate, choose_ranks, compress, decoding
+from data.dataset import open_dataset, validation_windows
 from experiments.report import command, mean_and_std, number, table
+from lowrank import METHODS, Seen
 from train import evaluate
 
 
@@ -67,6 +73,8 @@ OURS = {  # row: (options of compress.py, whether it is healed)
     "aligned, no calibration": ("--method aligned --calibration_windows 0", False),
     "aligned": ("--method aligned", True),
     "aligned, probe": ("--method aligned --budget probe", True),
+    "whitened": ("--method whitened", False),
+    "latent": ("--method latent", False),
 }
 
 
@@ -107,48 +115,91 @@ def our_checkpoints(o):
 # ---------------------------------------------------------------------------------------------------------------------
 # A pretrained model
 
+PEERS = ("latent", "aligned", "whitened", "svd", "pooled", "rotated")
+RATIOS = (1 / 2, 1 / 3, 2 / 3)
+
+
+def planned(seeds):
+    """(ratio, method, seed) of the rows: every method with the first seed, the main ones at half the cache with all."""
+    rows = [(ratio, method, 0) for ratio in RATIOS for method in PEERS if ratio == 0.5 or method != "rotated"]
+    return rows + [(0.5, method, seed) for seed in range(1, seeds) for method in ("latent", "aligned", "whitened")]
+
 
 def pretrained(o):
+    """The rows of `planned`, and how fast the model decodes."""
     torch.set_num_threads(o.threads)
     rows, T = Rows(RESULTS / f"compression-{Path(o.pretrained).name}.json"), o.block_size
-    alike, other = open_dataset(o.data_dir), open_dataset(o.other_data_dir)
-    tokens = torch.from_numpy(WindowSampler(alike.train, T, 0).batch(0, o.calibration_windows)[0])
-    texts = [validation_windows(data.val, T, o.eval_windows) for data in (alike, other)]
-    losses = lambda model: [evaluate(model, windows, 2, torch.device("cpu"), torch.float32) for windows in texts]
-    load = lambda: from_pretrained(o.pretrained, block_size=T)
+    device, dtype = torch.device("cpu"), choose_dtype("auto", torch.device("cpu"))
+    folders = o.calibration_data.split(",")
+    texts = {folder: open_dataset(folder) for folder in (*folders, o.data_dir)}
+    windows = {folder: validation_windows(text.val, T, o.eval_windows) for folder, text in texts.items()}
+    load = functools.cache(lambda: from_pretrained(o.pretrained))
 
-    def compressed(ratio, budget, method, costs=None):
-        model, (plain, *without) = load(), method.split(", ")
-        data = None if without or plain == "svd" else tokens
-        errors = compress(model, choose_ranks(model.config, ratio, budget, costs), plain, data, chunk=2)
-        return dict(loss=losses(model), ranks=model.config.n_kv_head, errors=errors)
+    def losses(model):
+        return {Path(folder).name: evaluate(model, part, 2, device, dtype) for folder, part in windows.items()}
 
-    def measure_costs():
-        few = tuple(part[: o.probe_windows] for part in validation_windows(alike.train, T, 64))  # not the measured text
-        costs = probe(load(), "aligned", tokens, few, chunk=2, report=lambda *line: print(*line, flush=True))
-        return {f"{layer} {kind}": cost for (layer, kind), cost in costs.items()}
+    @functools.lru_cache(1)
+    def calibration(seed):
+        """(what every layer saw, seconds that took), for all methods; on disk, too."""
+        path, began = ROOT / o.out_dir / f"calibration-seed{seed}.pt", time.monotonic()
+        if not path.exists():
+            sampler = Mixture([texts[folder].train for folder in folders], T, seed)
+            tokens = torch.from_numpy(sampler.batch(0, o.calibration_windows)[0])
+            layers = [vars(seen) for seen in calibrate(load(), tokens, dtype=dtype)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((layers, time.monotonic() - began), path)
+        layers, seconds = torch.load(path, weights_only=True, mmap=True)
+        return [Seen(**layer) for layer in layers], seconds
 
-    before = rows.fill("original", lambda: losses(load()))
-    for budget in ("all", "middle"):
-        for method in ("aligned", "rotated", "calibrated", "svd", "aligned, no calibration"):
-            rows.fill(f"{budget} | {method}", lambda: compressed(0.5, budget, method))
-    if o.probe_windows:
-        costs = rows.fill("probe", measure_costs)
-        costs = {(int(layer), kind): cost for key, cost in costs.items() for layer, kind in [key.split()]}
-        for ratio in (0.75, 0.5):
-            rows.fill(f"probe {ratio} | aligned", lambda: compressed(ratio, "probe", "aligned", costs))
-    cells = []
-    whole = load().config.n_kv_head
-    for name, row in rows.items():
-        if "|" in name:
-            share = statistics.mean(n for pair in row["ranks"] for n in pair) / whole
-            a, b = (after - start for after, start in zip(row["loss"], before))
-            cells.append([*name.split(" | "), f"{share:.3f}", f"{a:+.3f} / {b:+.3f}"])
-    heads = ["layers", "method", "cache", "increase of the loss, like text / other text"]
-    original = (
-        f"Original: {before[0]:.4f} / {before[1]:.4f} nats per token on text like the calibration text / other text."
-    )
-    rows.write_table([original, "", *table(heads, cells)])
+    def compressed(ratio, method, seed):
+        model = copy.deepcopy(load())
+        seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
+        began = time.monotonic()
+        compress(model, choose_ranks(model.config, ratio, "all", method=method), method, seen)
+        seconds = dict(calibrating=round(seconds, 1), fitting=round(time.monotonic() - began, 1))
+        return dict(loss=losses(model), ranks=model.config.n_kv_head[0], seconds=seconds)
+
+    def decoded(method):
+        model = copy.deepcopy(load())
+        if method != "original":  # speed depends on the format, not on how well it was fitted
+            quick = {"aligned": "svd", "latent": "whitened"}[method]
+            compress(model, choose_ranks(model.config, 0.5, "all", method=method), quick)
+        contexts = [context for context in (1024, 4096, 8192) if context <= model.config.block_size]
+        return {str(context): decoding(model, 1, context) for context in contexts or [model.config.block_size]}
+
+    rows.fill("original", lambda: losses(load()))
+    for ratio, method, seed in planned(o.seeds):
+        rows.fill(f"{ratio:.3f} | {method} | {seed}", lambda: compressed(ratio, method, seed))
+    for method in filter(None, o.decode.split(",")):
+        rows.fill(f"decoding | {method}", lambda: decoded(method))
+    rows.write_table(peers_table(rows, o))
+
+
+def peers_table(rows, o):
+    """The lines of the table, of the rows that are there."""
+    before, cells = rows["original"], []
+    for ratio in sorted(RATIOS, reverse=True):
+        for method in PEERS:
+            mine = [rows.get(f"{ratio:.3f} | {method} | {seed}") for seed in range(o.seeds)]
+            if not (mine := [row for row in mine if row]):
+                continue
+            more = [[row["loss"][name] - loss for row in mine] for name, loss in before.items()]
+            perplexity = f"{math.exp(statistics.mean(map(statistics.mean, more))):.2f}"
+            pair, shown = "{} + {}".format(*mine[0]["ranks"]), [spread(values, "+.3f") for values in more]
+            cells.append([f"{ratio:.2f}", pair, method, *shown, perplexity, str(len(mine))])
+    listed = ", ".join(f"{name} {loss:.4f}" for name, loss in before.items())
+    heads = ["cache", "keys + values", "method", *before, "perplexity, times", "seeds"]
+    yield from [f"The original's losses: {listed} nats per token. Increase before any healing:", ""]
+    yield from table(heads, cells)
+    speeds = {name.split(" | ")[1]: row for name, row in rows.items() if name.startswith("decoding")}
+    if speeds:
+        contexts = list(next(iter(speeds.values())))
+        heads = ["", *(f"tokens/s behind {c}" for c in contexts), *(f"MiB of {c}" for c in contexts)]
+        cells = [
+            [method, *(f"{row[c][0]:.2f}" for c in contexts), *(f"{row[c][1] / 2**20:.1f}" for c in contexts)]
+            for method, row in speeds.items()
+        ]
+        yield from ["", f"Decoding, one row, float32, threads: {o.threads}.", "", *table(heads, cells)]
 
 
 @dataclass
@@ -157,12 +208,13 @@ class Options:
     heal_steps: int = option(35, "steps of healing, a tenth of the small preset's", least=1)
     out_dir: str = option("out/compression", "where compressed models go")
     pretrained: str = option("", "a Hugging Face model")
-    data_dir: str = option("", "data set for calibration; for a pretrained model one prepared with its tokenizer")
-    other_data_dir: str = option("", "data set of other text, prepared with the pretrained model's tokenizer")
+    data_dir: str = option("", "data set for calibration; for a pretrained model one that calibration does not see")
+    calibration_data: str = option("", "for a pretrained model: data sets with commas between them, as in compress.py")
     block_size: int = option(512, "positions of a window", least=2)
-    calibration_windows: int = option(16, "windows to calibrate a pretrained model on", least=1)
-    eval_windows: int = option(6, "windows to measure it on", least=1)
-    probe_windows: int = option(0, "windows that the probe measures on; 0: no probe", least=0)
+    calibration_windows: int = option(36, "windows to calibrate a pretrained model on", least=1)
+    eval_windows: int = option(6, "windows of each data set to measure it on", least=1)
+    seeds: int = option(3, "calibrations at half the cache", least=1)
+    decode: str = option("original,aligned,latent", "methods whose decoding is timed")
     threads: int = option(1, "CPU threads", least=1)
 
 
@@ -170,8 +222,8 @@ def main(argv=None):
     o, _ = parse_options(Options, argv)
     if bool(o.checkpoints) == bool(o.pretrained):
         fail("give --checkpoints or --pretrained")
-    if o.pretrained and not (o.data_dir and o.other_data_dir):
-        fail("--pretrained needs --data_dir and --other_data_dir")
+    if o.pretrained and not (o.data_dir and o.calibration_data):
+        fail("--pretrained needs --data_dir and --calibration_data")
     try:
         pretrained(o) if o.pretrained else our_checkpoints(o)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:

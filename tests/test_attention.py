@@ -206,12 +206,20 @@ def dfa_formula(layer, q, k, v):
     return outputs
 
 
+def latent_formula(layer, q, k, v):
+    x = inputs()
+    k = heads_of(lambda x: layer.k_up_proj(layer.k_proj(x)), x)
+    v = heads_of(lambda x: layer.v_up_proj(layer.v_proj(x)), x, rotate=False)
+    return [plain_weights(q[:, h], k[:, h]) @ v[:, h] for h in range(H)]
+
+
 def gated_formula(layer, q, k, v):
     gate = torch.sigmoid(layer.gate_proj(inputs()))  # (B, T, H)
     return [y * gate[:, :, h, None] for h, y in enumerate(mha_formula(layer, q, k, v))]
 
 
 FORMULAS = {"mha": mha_formula, "mea": mea_formula, "tha": tha_formula, "dfa": dfa_formula, "gated": gated_formula}
+FORMULAS |= {"latent": latent_formula}
 
 
 @pytest.mark.parametrize("attention,norm", VARIANTS)

@@ -1,6 +1,7 @@
 """The sweep: what it concludes from made-up runs, what it resumes, real runs of seconds; and the benchmarks' tables."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -273,18 +274,23 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
 def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_path, data, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(compression, "RESULTS", tmp_path)
-    config = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32, attention="mha")
+    config = GPTConfig(
+        vocab_size=257, block_size=32, n_layer=2, n_head=6, n_kv_head=3, n_embd=24, attention="mha", norm_eps=1e-5
+    )
     to_pretrained(GPT(config), tmp_path / "tiny")
-    options = f"--pretrained {tmp_path / 'tiny'} --data_dir {data} --other_data_dir {data} --block_size 32"
-    options = f"{options} --calibration_windows 2 --eval_windows 2 --probe_windows 2".split()
-    compression.main(options)
+    options = f"--pretrained {tmp_path / 'tiny'} --calibration_data {data} --data_dir {data} --block_size 32 --seeds 2"
+    options = (
+        f"{options} --calibration_windows 2 --eval_windows 2 --decode original,latent --out_dir {tmp_path / 'out'}"
+    )
+    compression.main(options.split())
     rows = json.loads((tmp_path / "compression-tiny.json").read_text())
-    assert {"original", "all | svd", "all | aligned", "probe 0.5 | aligned"} <= {*rows}
-    cost = rows["all | svd"]["loss"][0] - rows["original"][0]
+    wanted = {"original", "0.333 | svd | 0", "0.500 | rotated | 0", "0.500 | latent | 1", "decoding | latent"}
+    assert wanted <= {*rows} and rows["0.500 | latent | 0"]["ranks"] == [1, 2]
+    cost = rows["0.667 | svd | 0"]["loss"]["set"] - rows["original"]["set"]
     lines = (tmp_path / "compression-tiny.md").read_text().splitlines()
-    assert f"| all | svd | 0.500 | {cost:+.3f} / {cost:+.3f} |" in lines
+    assert f"| 0.67 | 2 + 2 | svd | {cost:+.3f} | {math.exp(cost):.2f} | 1 |" in lines
     monkeypatch.setattr(compression, "compress", lambda *_, **__: pytest.fail("measured again"))
-    compression.main(options)
+    compression.main(options.split())
     assert json.loads((tmp_path / "compression-tiny.json").read_text()) == rows
 
 
