@@ -9,8 +9,8 @@ same bytes and takes more time to read. `calibrate` shows a model text, `compres
 `probe` finds out which layers can spare how many heads, `heal` trains what is left. Read `lowrank.py` first.
 """
 
-from options import autocast, choose_device, choose_dtype, fail, option, parse_options, read_json, run_program, say
-from options import write_atomically
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, read_json, run_program
+from options import save_picture, say, write_atomically
 
 import copy
 import json
@@ -347,6 +347,7 @@ class Options:
         least=2,
     )
     rows: int = option(1, "rows of that cache", least=1)
+    curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
     seed: int = option(0, "of the calibration windows and of healing", least=0)
     kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
@@ -372,7 +373,8 @@ def open_job(o, given):
     config = model.config
     if why := ATTENTION[config.attention].incompressible:
         raise ValueError(f"{o.checkpoint} is a {config.attention} model, which cannot be compressed: {why}")
-    choose_ranks(config, o.kv_ratio, o.budget, method=o.method)
+    for ratio in (o.kv_ratio, *curve_of(o)):
+        choose_ranks(config, ratio, o.budget, method=o.method)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
     if not data_dir or not isinstance(data_dir, str):
@@ -396,6 +398,15 @@ def open_job(o, given):
                 raise ValueError(f"the {split} split of {folder} has {len(tokens)} tokens, fewer than a window needs")
     o.data_dir, o.calibration_data = data_dir, ",".join(folders)
     return model, state, texts
+
+
+def curve_of(o):
+    """The ratios of --curve. Raises ValueError."""
+    try:
+        return [float(part) for part in o.curve.split(",") if part.strip()]
+    except ValueError:
+        wanted = "ratios with commas between them, such as 1.0,0.75,0.5"
+        raise ValueError(f"curve must be {wanted}, not {o.curve!r}") from None
 
 
 @torch.inference_mode()
@@ -463,6 +474,14 @@ class Job:
 
             costs = probe(model, o.method, tokens, few, report=show_costs, dtype=self.dtype)
             report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
+        for ratio in curve_of(o):
+            smaller = copy.deepcopy(model)
+            chosen = choose_ranks(config, ratio, o.budget, costs, o.method)
+            compress(smaller, chosen, o.method, calibrate(smaller, tokens, dtype=self.dtype))
+            loss = evaluate(smaller, self.windows[o.data_dir], o.batch_size, self.device, self.dtype)
+            point = dict(kv_ratio=ratio, kv_bytes_per_token=smaller.config.kv_bytes_per_token(), loss=loss)
+            report.setdefault("curve", []).append(point)
+            say(f"kv_ratio {ratio:g}: {point['kv_bytes_per_token']:,} bytes per token, loss {loss:.4f}")
         ranks = choose_ranks(config, o.kv_ratio, o.budget, costs, o.method)
         speed, size = decoding(model, o.rows, o.context)  # now, so that no second model has to be kept for it
         began = time.monotonic()
@@ -548,6 +567,32 @@ def print_report(report):
         say(f"{layer:>5}{n_k:>7}{n_v:>8}{100 * error['k']:>23.3f}{100 * error['v']:>8.3f}")
 
 
+def draw_report(plt, report):
+    """Errors by layer, and where they were measured the loss against the cache and the loss while healing."""
+    panels = ["errors", *(name for name in ("curve", "healing") if report.get(name))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    before = report["loss"]["before"]
+    for panel, ax in zip(panels, axes[0]):
+        if panel == "errors":
+            for kind, name, shift in (("k", "keys", -0.2), ("v", "values", 0.2)):
+                lost = [100 * error[kind] for error in report["errors"]]
+                ax.bar([layer + shift for layer in range(len(lost))], lost, 0.4, label=name)
+            ax.set(xlabel="layer", ylabel="% of energy lost", title=f"error by layer, {report['method']}")
+        elif panel == "curve":
+            points = sorted((point["kv_bytes_per_token"], point["loss"]) for point in report["curve"])
+            ax.plot(*zip(*points), "o-", label="before healing")
+            ax.set(xlabel="cached bytes per token", ylabel="loss, nats per token", xlim=(0, None))
+            ax.axhline(before, color="grey", ls="--", label="original")
+        else:
+            for folder, losses in report["texts"].items():
+                points = [(0, losses["after"]), *((p["step"], p["loss"][folder]) for p in report["healing"])]
+                ax.plot(*zip(*((x, y - losses["before"]) for x, y in points)), "o-", label=Path(folder).name)
+            ax.set(xlabel="step of healing", ylabel="loss over the original's", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    return figure
+
+
 def export(o, given):
     """Write the checkpoint as it is as a Hugging Face folder."""
     if ignored := given - {"export", "checkpoint", "out_dir"}:
@@ -597,7 +642,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     print_report(job.report)
-    say(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {o.out_dir}")
+    picture = save_picture(Path(o.out_dir) / "report.png", lambda plt: draw_report(plt, job.report))
+    say(f"\nwrote {o.out_dir}; {picture}; try: python sample.py --checkpoint {o.out_dir}")
 
 
 if __name__ == "__main__":

@@ -505,6 +505,8 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
         out,
         "--budget",
         "probe",
+        "--curve",
+        "1.0,0.5,0.25",
         "--heal_steps",
         3,
         "--continue_original",
@@ -519,6 +521,10 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
     assert report["ranks"] == model.config.n_kv_head and sum(map(sum, report["ranks"])) == 8
     assert report["loss"].keys() == {"before", "after", "healed", "continued"} == report["bpb"].keys()
     assert "cached bytes per token" in printed and len(report["errors"]) == 2
+    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25]
+    assert report["curve"][0]["loss"] == pytest.approx(report["loss"]["before"], abs=1e-4)
+    assert report["curve"][1]["loss"] == pytest.approx(report["loss"]["after"], abs=1e-5)
+    assert (out / "report.png").stat().st_size > 10_000 and "report.png" in printed
     with pytest.raises(SystemExit):  # a compressed checkpoint is weights, not a run to go on with
         train.main(["--resume", "--out_dir", str(out)])
     capsys.readouterr()
