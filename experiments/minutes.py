@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import train
 from experiments.report import machine, table
-from options import save_picture
+from options import parse_options, save_picture
 
-SETTINGS = train.PRESETS["small"]
+SETTINGS, _ = parse_options(train.Options, [], train.PRESETS)  # of the default preset
 RATES = 1e-3, 3e-3, 6e-3
 OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -50,14 +50,12 @@ def nanogpt_with_our_tokens(checkout):
 
 
 def nanogpt_command(rate):
-    same = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
-    fields = {name: SETTINGS[name] for name in same}
+    fields = {name: getattr(SETTINGS, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
     fields |= dict(dataset="nanomea", device="cpu", compile=False, gradient_accumulation_steps=1, dropout=0.0)
-    fields |= dict(learning_rate=rate, min_lr=rate / 10, warmup_iters=SETTINGS["warmup_steps"])
-    fields |= dict(max_iters=SETTINGS["max_steps"], lr_decay_iters=SETTINGS["max_steps"])
-    fields |= dict(eval_interval=SETTINGS["eval_every"], log_interval=1000)
-    fields |= dict(eval_iters=SETTINGS["eval_windows"] // SETTINGS["batch_size"])
-    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in fields.items())]
+    fields |= dict(learning_rate=rate, min_lr=rate / 10, warmup_iters=SETTINGS.warmup_steps)
+    fields |= dict(max_iters=SETTINGS.max_steps, lr_decay_iters=SETTINGS.max_steps)
+    fields |= dict(eval_interval=SETTINGS.eval_every, eval_iters=SETTINGS.eval_windows // SETTINGS.batch_size)
+    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in fields.items()), "--log_interval=1000"]
 
 
 def cpu_minutes(pid):
@@ -136,7 +134,9 @@ def draw(runs, plt):
             ax.plot(*zip(*points), "o--" if theirs else "o-", ms=3, label=run["name"], alpha=0.7 if theirs else 1)
         title = "one thread" if threads == 1 else f"{threads} threads"
         ax.set(
-            xlabel="minutes", ylabel="validation loss, nats per token", title=f"350 steps of the same tokens, {title}"
+            xlabel="minutes",
+            ylabel="validation loss, nats per token",
+            title=f"{SETTINGS.max_steps} steps of the same tokens, {title}",
         )
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)

@@ -16,7 +16,7 @@ import torch
 
 import train
 from checkpoint import to_pretrained
-from experiments import bench, compression, sweep
+from experiments import bench, compression, minutes, sweep
 from model import GPT, GPTConfig
 
 
@@ -361,3 +361,26 @@ def test_nanogpts_shape_has_the_parameters_it_should():
     changed[:, -1] = (changed[:, -1] + 1) % V
     torch.testing.assert_close(model(changed, x[:, 1:])[0][:, :-1], logits[:, :-1])  # causal
     assert loss > 0
+
+
+def test_a_run_of_nanogpt_is_followed_on_our_tokens(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(minutes.train, "DEFAULT_DATA", str(data))
+    (tmp_path / "train.py").write_text(
+        "import pickle, sys\n"
+        "size = pickle.load(open('data/nanomea/meta.pkl', 'rb'))['vocab_size']\n"
+        "length = len(open('data/nanomea/val.bin', 'rb').read())\n"
+        "print(f'step 0: train loss {size}.5, val loss {length}.25')\n"
+        "assert {'--learning_rate=0.003', '--warmup_iters=50', '--max_iters=350', '--n_embd=128'} < set(sys.argv)\n"
+    )
+    for name in ("model.py", "configurator.py"):
+        (tmp_path / name).touch()
+    with minutes.nanogpt_with_our_tokens(tmp_path) as folder:
+        (point,) = minutes.follow(minutes.nanogpt_command(3e-3), folder, 1, minutes.NANOGPT)
+        with pytest.raises(ValueError, match="ended with exit code 1: AssertionError"):
+            minutes.follow(minutes.nanogpt_command(1e-3), folder, 1, minutes.NANOGPT)
+    assert point["step"] == 0 and point["loss"] == (Path(data) / "val.bin").stat().st_size + 0.25
+    assert 0 <= point["cpu_minutes"] < 1 and 0 < point["minutes"] < 1
+    ours = minutes.OURS.match(
+        "step  50/350  loss 5.01  val 5.2606 (2.4 bits per byte)  peak 1 MiB  2 tokens/s  ETA 1:00"
+    )
+    assert ours.groups() == ("50", "5.2606")
