@@ -219,21 +219,28 @@ def timed(function, device):
     return job
 
 
-def print_timings(device, B, T, S, H, D, n):
+def print_timings(B, T, S, H, D, n):
     """Ratios to SDPA alone, which neither composes nor normalises: what MEA costs on top of plain attention."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def heads(count, length):
-        return torch.randn(B, length, count, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        return (
+            torch.randn(
+                B,
+                length,
+                count,
+                D,
+            )
+            .transpose(1, 2)
+            .requires_grad_()
+        )
 
-    q, k, v, gain = heads(H, T), heads(H, T), heads(H, T), torch.ones(H, D, device=device, requires_grad=True)
+    q, k, v, gain = heads(H, T), heads(H, T), heads(H, T), torch.ones(H, D, requires_grad=True)
     attend = lambda path: lambda: mea_attention(q, k, v, None, None, gain, path=path)
     plain = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     paths = {"SDPA alone": plain, "SDPA + separate norm": lambda: rms_norm(plain(), gain[:, None], 1e-6)}
-    paths |= {"our kernel": attend("triton")} if device == "cuda" else {}
     paths |= {"reference": attend("reference")}
     training = lambda forward: lambda: torch.autograd.grad(forward().sum(), (q, k, v))
-    last, cached, full, compose = heads(H, 1), heads(n, S), heads(H, S), torch.randn(n, H, device=device)
+    last, cached, full, compose = heads(H, 1), heads(n, S), heads(H, S), torch.randn(n, H)
     decode = lambda path: lambda: mea_decode(last, cached, cached, compose, compose, gain, path=path)
     every, few = decode_cost(B, S, H, H, H, D, composed=False), decode_cost(B, S, H, n, n, D)
     forward, backward = attention_cost(B, T, H, D), backward_cost(B, T, H, D)
@@ -248,12 +255,12 @@ def print_timings(device, B, T, S, H, D, n):
         "forward + backward": {name: (training(path), both) for name, path in paths.items()},
         "decode": {name: (torch.no_grad()(step), cost) for name, (step, cost) in steps.items()},
     }
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = f"CPU, {torch.get_num_threads()} threads"
     shape = f"B={B} T={T} H={H} D={D}, {S} cached positions"
-    print(f"\nMeasured: {machine}, {dtype}, {shape}, torch {torch.__version__}; rates count the model's work\n")
+    print(f"\nMeasured: {machine}, float32, {shape}, torch {torch.__version__}; rates count the model's work\n")
     rows = []
     for kind, jobs in kinds.items():  # in turns: what is compared meets the same moments of a busy machine
-        taken = in_turns({name: timed(job, device) for name, (job, _) in jobs.items()}, rounds=20)
+        taken = in_turns({name: timed(job, "cpu") for name, (job, _) in jobs.items()}, rounds=20)
         base = taken[next(iter(jobs))]
         for name, (_, cost) in jobs.items():
             seconds = statistics.median(taken[name])
@@ -266,11 +273,12 @@ def print_timings(device, B, T, S, H, D, n):
 
 def time_kernels():
     if torch.cuda.is_available():
-        for D in (64, 128):
-            print_timings("cuda", B=8, T=2048, S=8192, H=16, D=D, n=4)
+        from experiments import gpu  # which imports this file
+
+        gpu.time_kernels(gpu.Options())
     else:
         print("\nNo GPU here: the Triton kernels are not timed, only the paths that a CPU takes.")
-        print_timings("cpu", B=2, T=512, S=2048, H=8, D=64, n=2)
+        print_timings(B=2, T=512, S=2048, H=8, D=64, n=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

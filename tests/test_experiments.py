@@ -324,7 +324,7 @@ def test_the_benchmark_measures_what_it_names(tmp_path, monkeypatch):
 
 
 def test_kernel_timings_compare_every_path_with_plain_attention(capsys):
-    bench.print_timings("cpu", B=1, T=16, S=16, H=4, D=16, n=2)
+    bench.print_timings(B=1, T=16, S=16, H=4, D=16, n=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
     kinds = {kind: [row for row in rows if row[0] == kind] for kind in ("forward", "forward + backward", "decode")}
