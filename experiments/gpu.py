@@ -325,13 +325,14 @@ class Options:
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in PIECES:
+    named = [name for name in argv[:1] if name in PIECES]
+    o, _ = parse_options(Options, argv[len(named) :])
+    if not named:
         fail(f"say what to measure: python experiments/gpu.py {'|'.join(PIECES)} [--rehearse]")
-    o, _ = parse_options(Options, argv[1:])
     if DEVICE == "cpu" and not o.rehearse:
         fail("there is no GPU here: --rehearse runs tiny sizes on the CPU")
     pieces = dict(correct=correct, kernels=time_kernels, tune=tune, train=train, questions=questions, compress=compress)
-    pieces[argv[0]](o)
+    pieces[named[0]](o)
 
 
 if __name__ == "__main__":
