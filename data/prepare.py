@@ -72,7 +72,8 @@ def prepare(**options) -> Dataset:
     """Prepares a data set and opens it; prints a summary. The options are the fields of `Options`.
 
     Raises ValueError for a bad option or text, OSError for files or a network that cannot be used. Whatever happens, a
-    data set at `out_dir` is either the old one, or none, or the complete new one.
+    data set at `out_dir` is either the old one or the complete new one; killed between two renames, the old one stands
+    beside it until the next run puts it back.
     """
     began = time.monotonic()
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
@@ -95,10 +96,17 @@ def prepare(**options) -> Dataset:
             raise ValueError(f"--{option_name} is for {what}")
     name = o.source if named else printable(path.resolve().stem)
     out_dir = Path(o.out_dir or DATA / name).resolve()
+    folder, old = (out_dir.with_name(f".{out_dir.name}.{what}") for what in ("new", "old"))
+
+    def put_back():
+        """A set caught between the two renames below goes back to its place."""
+        if old.exists() and not out_dir.exists():
+            old.rename(out_dir)
+
+    put_back()
     check_free(out_dir, o.overwrite)
     tokenizer = None if spec == "bpe" else get_tokenizer(spec)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = (out_dir.with_name(f".{out_dir.name}.{what}") for what in ("new", "old"))
     for left in (folder, old):  # by a killed run
         shutil.rmtree(left, ignore_errors=True)
     folder.mkdir()
@@ -127,6 +135,7 @@ def prepare(**options) -> Dataset:
             out_dir.rename(old)
         folder.rename(out_dir)
     finally:
+        put_back()
         for left in (folder, old):
             shutil.rmtree(left, ignore_errors=True)
     dataset = open_dataset(out_dir, verify=False)

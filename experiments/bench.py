@@ -555,11 +555,14 @@ class Options:
     nanogpt: str = option("", "a checkout of nanoGPT, which --training and --minutes measure beside ours (on the CPU)")
     dtype: str = option("auto", "of --training, as train.py's", ["auto", "float32", "bfloat16"])
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
-    results: str = option("experiments/results/bench", "name of the .json, .md and .png to write")
+    results: str = option(
+        "experiments/results/bench",
+        "name of the .json, .md and .png to write (of --minutes: experiments/results/minutes)",
+    )
 
 
 def main(argv=None):
-    o, _ = parse_options(Options, argv)
+    o, given = parse_options(Options, argv)
     chosen = [name for name in ("training", "decoding", "memory") if getattr(o, name)]
     if not (chosen or o.kernels or o.aot or o.minutes):
         chosen = ["training", "decoding", "memory"]
@@ -571,6 +574,8 @@ def main(argv=None):
     targets = o.aot.split(",") if o.aot else ["sm_90"] if o.kernels and device.type == "cpu" and compiles else []
     if o.nanogpt and not ("training" in chosen or o.minutes):
         fail("--nanogpt is measured by --training and --minutes: give one of them too")
+    if o.minutes and chosen:
+        fail(f"--minutes takes the whole machine and has results of its own: leave out --{chosen[0]}")
     if o.minutes and not o.nanogpt:
         fail("--minutes is beside nanoGPT: say where its checkout is with --nanogpt")
     if o.nanogpt and not (device.type == "cpu" and (Path(o.nanogpt) / "model.py").is_file()):
@@ -589,9 +594,8 @@ def main(argv=None):
         time_kernels()
     if o.minutes:
         try:
-            minutes.measure(
-                o.nanogpt, torch.get_num_threads(), ROOT / "experiments/results/minutes", command("bench.py", argv)
-            )
+            name = o.results if "results" in given else "experiments/results/minutes"
+            minutes.measure(o.nanogpt, torch.get_num_threads(), ROOT / name, command("bench.py", argv))
         except ValueError as error:
             fail(error)
     if chosen:

@@ -29,10 +29,9 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 import torch
 
 from checkpoint import from_pretrained
-from compress import Mixture, calibrate, choose_ranks, compress, decoding
+from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding
 from data.dataset import open_dataset, validation_windows
 from experiments.report import command, mean_and_std, number, table
-from lowrank import METHODS, Seen
 from train import evaluate
 
 

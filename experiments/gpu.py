@@ -4,7 +4,7 @@
     python experiments/gpu.py kernels      # attention and decoding beside torch's backends, FlexAttention, flash-attn
     python experiments/gpu.py tune         # tiles, warps and stages by timing: what tile_options should say
     python experiments/gpu.py train --nanogpt ../nanoGPT         # a 124M model: tokens/s, memory, FLOPs utilisation
-    python experiments/gpu.py questions --data_dir data/corpus   # the paper's comparisons at 35M parameters
+    python experiments/gpu.py questions --data_dir data/corpus   # the paper's comparisons, 27M parameters; 124M, a pair
     python experiments/gpu.py compress --checkpoint smollm2-135m --data_dir data/prose
 
 Results go to experiments/results/gpu/, a line as each comes; sweeps that stopped go on when they are repeated.
@@ -291,7 +291,10 @@ def train(o):
 
 
 def questions(o):
-    """The paper's four cells and Talking-Heads at 35M parameters, three rates, three seeds; then one rate too large."""
+    """The paper's four cells and Talking-Heads at 27M parameters, three rates and seeds; one too large; two at 124M.
+
+    More than ten minutes: stopped runs go on when it is repeated.
+    """
     shape = "--n_layer 8 --n_head 8 --n_embd 512 --block_size 1024 --batch_size 32 --warmup_steps 100 --max_steps 1600"
     shape += " --eval_every 200 --save_every 100 --eval_windows 128 --compile"
     if o.rehearse:
@@ -303,6 +306,10 @@ def questions(o):
     execute(*command, "--learning_rates", rates, "--out_dir", "out/gpu/cosine", "--results", results / "cosine", *shape)
     beyond = ("--learning_rates", "8e-3", "--schedule", "constant", "--out_dir", "out/gpu/beyond")
     execute(*command, *beyond, "--results", results / "beyond", *shape)
+    large = ["--preset", "base", "--grad_accum", 1, "--max_steps", 1600, "--save_every", 100, "--compile"]
+    pair = ("experiments/sweep.py", "--variants", "mha,mea", "--seeds", 1, "--jobs", 1, "--data_dir", o.data_dir)
+    where = ("--out_dir", "out/gpu/large", "--results", results / "large")
+    execute(*pair, *where, *(shape[:6] if o.rehearse else large))
 
 
 def compress(o):
@@ -326,7 +333,10 @@ class Options:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     named = [name for name in argv[:1] if name in PIECES]
-    o, _ = parse_options(Options, argv[len(named) :])
+    o, given = parse_options(Options, argv[len(named) :])
+    reads = dict(train={"nanogpt"}, questions={"data_dir"}, compress={"checkpoint", "data_dir"})
+    if named and (ignored := given - {"rehearse"} - reads.get(named[0], set())):
+        fail(f"{named[0]} reads no --{min(ignored)}")
     if not named:
         fail(f"say what to measure: python experiments/gpu.py {'|'.join(PIECES)} [--rehearse]")
     if DEVICE == "cpu" and not o.rehearse:

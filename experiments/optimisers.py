@@ -81,7 +81,8 @@ def write(losses, times, how):
     content = dict(command=how, machine=machine(), rows=rows)
     RESULTS.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     heads = ["optimiser", "rate", "validation loss", "minus AdamW at 0.006, same seed", "ms an update", "seeds"]
-    text = "\n".join(table(heads, cells)) + "\n\nMean ± standard deviation over seeds. AdamW at 0.006 is `losses.json`."
+    note = "Mean ± standard deviation over seeds. AdamW at 0.006 is `losses.json`."
+    text = "\n".join(table(heads, cells)) + f"\n\n{note}"
     RESULTS.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
 
 

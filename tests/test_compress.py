@@ -12,20 +12,26 @@ import torch
 import compress as program
 import train
 from attention import ATTENTION, apply_rope, rope_table
-from compress import Mixture, allocate, calibrate, choose_ranks, compress, probe, uniform_ranks
-from lowrank import (
+from compress import (
     METHODS,
+    Mixture,
     Seen,
     align_by_rotation,
+    allocate,
     approximate,
+    calibrate,
+    choose_ranks,
+    compress,
     compress_layer,
     effective_heads,
     fit_any_maps,
     fit_in_closed_form,
     key_blocks,
     latent_maps,
+    probe,
     refit_output,
     second_moments,
+    uniform_ranks,
     value_blocks,
 )
 from data.dataset import WindowSampler, open_dataset

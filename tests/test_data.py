@@ -691,6 +691,28 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     open_dataset(tmp_path / "out", verify=True)
 
 
+def test_a_data_set_caught_between_two_renames_is_put_back(prepared, tmp_path, capsys, monkeypatch):
+    write(tmp_path / "d.txt", PROSE[:2000])
+    arguments = ["--source", str(tmp_path / "d.txt"), "--tokenizer", "byte", "--out_dir", str(prepared)]
+    rename, published = Path.rename, f".{prepared.name}.new"
+
+    def failing(source, target):
+        if source.name == published:
+            raise OSError("no room")
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:  # a rename that fails
+        patch.setattr(Path, "rename", failing)
+        assert "no room" in refused(capsys, *arguments, "--overwrite")
+    assert open_dataset(prepared, verify=True).vocab_size == 400
+    prepared.rename(tmp_path / f".{prepared.name}.old")  # as a kill between the two leaves it
+    assert "holds a data set; add --overwrite" in refused(capsys, *arguments)
+    assert open_dataset(prepared, verify=True).vocab_size == 400
+    main([*arguments, "--overwrite"])
+    assert open_dataset(prepared, verify=True).vocab_size == 257
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
+
+
 # --- Bad input ---
 
 
