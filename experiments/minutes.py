@@ -111,9 +111,11 @@ def minutes_of(point, threads):
 def report(content):
     yield f"`{content['command']}` ({content['machine']}). One thread: minutes of CPU time; more: of the clock."
     yield ""
-    theirs = [run["points"][-1]["loss"] for run in content["runs"] if run["name"].startswith("nanoGPT")]
-    rows, target = [], min(theirs, default=0)
+    ends = {(run["name"], run["threads"]): run["points"][-1]["loss"] for run in content["runs"]}
+    rows = []
     for run in content["runs"]:
+        theirs = [loss for (name, threads), loss in ends.items() if "nanoGPT" in name and threads == run["threads"]]
+        target = min(theirs, default=0)
         reached = next((p for p in run["points"] if p["loss"] <= target), None)
         last = run["points"][-1]
         reach = f"{minutes_of(reached, run['threads']):.1f}" if reached else ""
