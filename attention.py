@@ -516,4 +516,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from options import run_program
+
+    run_program(main)

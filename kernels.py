@@ -1028,4 +1028,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from options import run_program
+
+    run_program(main)

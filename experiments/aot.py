@@ -20,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 from kernels import triton
+from options import run_program
 
 if triton is not None:
     from triton.backends.compiler import GPUTarget
@@ -142,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

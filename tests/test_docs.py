@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -215,3 +217,12 @@ def test_the_walkthrough_runs(tmp_path):
     client.execute()
     checks = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
     assert sum(text.startswith("right:") for text in checks) == 3
+
+
+@pytest.mark.parametrize("program", ["kernels.py", "model.py", pytest.param("attention.py", marks=pytest.mark.slow)])
+def test_a_reader_that_goes_away_is_no_error(program):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-u", ROOT / program], **pipes) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
