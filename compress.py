@@ -219,22 +219,48 @@ def approximate(weight, rank, kind, maps, moment=None, metric=None):
         turn = torch.linalg.solve(S, turn)
     if kind == "v":
         return w, turn[:, 0], parts, errors
-    real, imaginary = (torch.diag_embed(part) for part in (turn.real[:, :, 0, 0], turn.imag[:, :, 0, 0]))
-    top, bottom = torch.cat((real, -imaginary), dim=2), torch.cat((imaginary, real), dim=2)
-    return w, torch.cat((top, bottom), dim=1), parts, errors  # a + ib turns a pair by ((a, -b), (b, a))
+    return w, as_real(torch.diag_embed(turn[:, :, 0, 0])), parts, errors
 
 
-def latent_maps(weight, rank, moment=None, metric=None):
-    """(1) for heads W (n, D, M): P (rank*D, M), U (n*D, rank*D), error; moment and metric as in `approximate`."""
+def latent_maps(weight, width, moment=None, metric=None):
+    """(1) for heads W (n, D, M): P (width, M), U (n*D, width), error; moment and metric as in `approximate`."""
     n, D, _ = weight.shape
-    if rank >= n:
-        return weight.flatten(0, 1), torch.eye(n * D, dtype=weight.dtype), 0.0
+    if width >= n * D:
+        spare = width - n * D
+        return F.pad(weight.flatten(0, 1), (0, 0, 0, spare)), torch.eye(n * D, width, dtype=weight.dtype), 0.0
     S = torch.eye(n * D, dtype=weight.dtype) if metric is None else torch.block_diag(*metric)
     stacked = S @ root(weight, moment).flatten(0, 1)
     energies, directions = torch.linalg.eigh(stacked @ stacked.T)
-    kept = directions[:, -rank * D :]
-    lost = energies[: -rank * D].sum() / energies.sum().clamp_min(1e-300)
+    kept = directions[:, -width:]
+    lost = energies[:-width].sum() / energies.sum().clamp_min(1e-300)
     return kept.T @ S @ weight.flatten(0, 1), torch.linalg.solve(S, kept), lost.item()
+
+
+def rotary_maps(weight, width, moment=None, metric=None):
+    """(1) for keys W (n, D, M) with a U that commutes with RoPE: P (width, M), U (n*D, width), the frequency of each
+    of the width/2 pairs, error.
+
+    One small problem for each frequency, as in `latent_maps`; kept are the largest energies of all frequencies.
+    """
+    n, D, _ = weight.shape
+    S = torch.ones(n, D // 2, dtype=weight.dtype) if metric is None else metric.diagonal(dim1=1, dim2=2)[:, : D // 2]
+    stacked, rows = (stack(S[:, :, None, None] * key_blocks(x)) for x in (root(weight, moment), weight))  # (D/2, n, M)
+    energies, directions = torch.linalg.eigh(stacked @ stacked.mH)  # (D/2, n), (D/2, n, n)
+    kept = energies.flatten().topk(min(width // 2, energies.numel()))
+    pairs, place = kept.indices // n, kept.indices % n
+    columns = directions[pairs, :, place]  # (kept, n): what each pair is in each head, in the metric
+    up = torch.zeros(n, D // 2, width // 2, dtype=columns.dtype)
+    up[:, pairs, torch.arange(len(pairs))] = (columns / S[:, pairs].T).T
+    down = torch.einsum("kn,knm->km", columns.conj(), rows[pairs])
+    down = F.pad(down, (0, 0, 0, width // 2 - len(pairs)))  # more room than there are numbers
+    pairs = F.pad(pairs, (0, width // 2 - len(pairs)))
+    lost = 1 - kept.values.sum() / energies.sum().clamp_min(1e-300)
+    return torch.cat((down.real, down.imag)), as_real(up).flatten(0, 1), pairs, lost.clamp_min(0).item()
+
+
+def as_real(maps):
+    """(n, D/2, any/2) complex -> (n, D, any) real: a + ib turns a pair by ((a, -b), (b, a))."""
+    return torch.cat((torch.cat((maps.real, -maps.imag), dim=2), torch.cat((maps.imag, maps.real), dim=2)), dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,11 +285,12 @@ METHODS = {
     "aligned": Method("any", weighs=True, refits=True),
     "whitened": Method("latent"),
     "latent": Method("latent", weighs=True, refits=True),
+    "absorbed": Method("rotary", weighs=True, refits=True),
 }
 
 
 def is_latent(method):
-    return METHODS[method].maps == "latent"
+    return METHODS[method].maps in ("latent", "rotary")
 
 
 def effective_heads(attn, kind):
@@ -425,12 +452,15 @@ def compress_layer(attn, config, layer, method, seen=None):
             if how.weighs or maps == "rotations":
                 queries = moments["q"].cpu() if moments is not None else None
                 metric = error_metric(attn, kind, weight, reader, moment, queries, maps == "rotations")
-            if maps == "latent":
-                parts, up, errors[kind] = latent_maps(weight, rank, moment, metric)
+            if is_latent(method):
+                width = rank * config.cached_dim
+                if maps == "rotary" and kind == "k":
+                    parts, up, pairs, errors["k"] = rotary_maps(weight, width, moment, metric)
+                    new.pairs.copy_(pairs)
+                else:
+                    parts, up, errors[kind] = latent_maps(weight, width, moment, metric)
                 up = up.unflatten(0, weight.shape[:2])[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
-                getattr(new, f"{kind}_up_proj").weight.copy_(
-                    F.pad(up, (0, getattr(new, f"{kind}_up_proj").in_features - up.size(1)))
-                )
+                getattr(new, f"{kind}_up_proj").weight.copy_(up)
             else:
                 w, turn, parts, history = approximate(weight, min(rank, len(weight)), kind, maps, moment, metric)
                 errors[kind], parts = history[-1], parts.flatten(0, 1)
@@ -474,17 +504,27 @@ BUDGETS = {  # which of n layers give up heads; all three are the paper's (secti
 
 def keys_stay(config, method):
     """QK-norm does not commute with composition; a latent's keys are rebuilt before it."""
-    return config.qk_norm and not is_latent(method)
+    return config.qk_norm and METHODS[method].maps != "latent"
+
+
+def units(config, method):
+    """In how many parts `method` may cut a head: widths by frequency need not be those of heads."""
+    return 4 if METHODS[method].maps == "rotary" and config.head_dim % 8 == 0 else 1
+
+
+def cached_now(config, method):
+    """One (n_k, n_v) per layer of what the model caches, in `units`."""
+    return [tuple(n * units(config, method) for n in config.kv_heads(layer)) for layer in range(config.n_layer)]
 
 
 def uniform_ranks(config, kv_ratio, budget="all", method="aligned"):
     """One (n_k, n_v) per layer: `kv_ratio` of the heads that each layer of the budget caches now.
 
-    Keys and values keep as many; an odd one is a key head, of a latent a value head, whichever costs less. Keys behind
-    a QK-norm stay: values give up all. Raises ValueError, naming what is possible, for a ratio that is no number of
-    heads.
+    Keys and values keep as many; an odd one is a key head, of a latent a value head, whichever costs less, and of keys
+    by frequency it is 7 in 12. Keys behind a QK-norm stay: values give up all. Raises ValueError, naming what is
+    possible, for a ratio that is no number of heads.
     """
-    ranks = [config.kv_heads(layer) for layer in range(config.n_layer)]
+    ranks = cached_now(config, method)
     layers, stay = BUDGETS[budget](config.n_layer), keys_stay(config, method)
     if not layers:
         raise ValueError(f"budget {budget} leaves none of {config.n_layer} layers to compress: use all or probe")
@@ -492,7 +532,7 @@ def uniform_ranks(config, kv_ratio, budget="all", method="aligned"):
         n_k, n_v = ranks[layer]
         what = f"{n_k} key and {n_v} value heads" + " (keys behind a QK-norm stay)" * stay
         heads = check_ratio(kv_ratio, n_k + n_v, n_k + 1 if stay else 2, what)
-        wanted = heads // 2 if is_latent(method) else heads - heads // 2
+        wanted = {"latent": heads // 2, "rotary": round(7 * heads / 12)}.get(METHODS[method].maps, heads - heads // 2)
         keys = n_k if stay else max(heads - n_v, min(n_k, wanted))
         ranks[layer] = keys, heads - keys
     return ranks
@@ -514,7 +554,7 @@ def choose_ranks(config, kv_ratio, budget, costs=None, method="aligned"):
     checks)."""
     if budget != "probe":
         return uniform_ranks(config, kv_ratio, budget, method)
-    pairs = [config.kv_heads(layer) for layer in range(config.n_layer)]
+    pairs = cached_now(config, method)
     fewest = sum(n_k + 1 if keys_stay(config, method) else 2 for n_k, _ in pairs)
     total = sum(map(sum, pairs))
     heads = check_ratio(kv_ratio, total, fewest, f"{total} cached heads in {config.n_layer} layers")
@@ -527,9 +567,10 @@ def with_ranks(config, ranks, method="aligned"):
     if not is_latent(method):
         return replace(config, attention="mea", **shape)
     grouped = config.attention == "mha" and len({config.kv_heads(layer) for layer in range(config.n_layer)}) == 1
-    return replace(
-        config, attention="latent", latent_heads=config.kv_heads(0)[0] if grouped else config.n_head, **shape
-    )
+    shape["latent_heads"] = config.kv_heads(0)[0] if grouped else config.n_head
+    if METHODS[method].maps == "rotary":
+        shape.update(latent_rotated=True, latent_dim=config.head_dim // units(config, method))
+    return replace(config, attention="latent", **shape)
 
 
 def rope_of(model, length):
@@ -603,12 +644,12 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None, dtype
 
     base, bar = loss(0), progress("probing", len(model.layers), " layers")
     for layer, (block, seen) in enumerate(zip(model.layers, calibrate(model, tokens, chunk, dtype))):
-        original, full = block.self_attn, config.kv_heads(layer)
+        original, full = block.self_attn, cached_now(config, method)[layer]
         for kind, n in zip("kv", full):
             fixed = kind == "k" and keys_stay(config, method)
             costs[layer, kind] = [math.inf if fixed else 0.0] * (n - 1) + [0.0]
             for rank in range(1, 1 if fixed else n):
-                ranks = [config.kv_heads(other) for other in range(config.n_layer)]
+                ranks = cached_now(config, method)
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
                 smaller = with_ranks(config, ranks, method)
                 block.self_attn, _ = compress_layer(original, smaller, layer, method, seen)
@@ -800,7 +841,7 @@ def open_job(o, given):
     if why := ATTENTION[config.attention].incompressible:
         raise ValueError(f"{o.checkpoint} is a {config.attention} model, which cannot be compressed: {why}")
     for ratio in (o.kv_ratio, *curve_of(o)):
-        choose_ranks(config, ratio, o.budget, method=o.method)
+        with_ranks(config, choose_ranks(config, ratio, o.budget, method=o.method), o.method)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
     if not data_dir or not isinstance(data_dir, str):

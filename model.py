@@ -57,6 +57,10 @@ class GPTConfig:
     latent_heads: int | None = option(
         None, "heads that --attention latent rebuilds for n_head queries (default: n_head)", least=1, most=LARGEST
     )
+    latent_dim: int | None = option(
+        None, "width in which n_kv_head counts what --attention latent caches (default: head_dim)", least=1, most=LARGEST
+    )
+    latent_rotated: bool = option(False, "let --attention latent cache keys after RoPE: nothing is rebuilt when read")
     qk_norm: bool = option(False, "RMS norm on query and key heads before RoPE, as in Qwen3")
     compose: str = option(
         "full", "MEA's composition matrices: full, or diagonal, one number per head", ["full", "diagonal"]
@@ -83,8 +87,13 @@ class GPTConfig:
             )
         if self.compose != "full" and not hasattr(variant, "compositions"):
             raise ValueError(f"compose {self.compose} is for mea: {self.attention} composes no heads")
-        if self.latent_heads and (self.attention != "latent" or self.n_head % self.latent_heads):
-            raise ValueError(f"latent_heads {self.latent_heads} must divide n_head {self.n_head}, and is for latent")
+        for name in ("latent_heads", "latent_dim", "latent_rotated"):
+            if getattr(self, name) and self.attention != "latent":
+                raise ValueError(f"{name} is for --attention latent, not for {self.attention}")
+        if self.latent_heads and self.n_head % self.latent_heads:
+            raise ValueError(f"latent_heads {self.latent_heads} must divide n_head {self.n_head}")
+        if self.latent_rotated and self.qk_norm:
+            raise ValueError("qk_norm stands between a latent and RoPE: latent_rotated cannot be")
         if self.head_norm is None:
             self.head_norm = variant.head_norm_by_default
         if self.head_dim is None:
@@ -114,9 +123,12 @@ class GPTConfig:
                     raise ValueError("n_kv_head must list a [keys, values] pair of whole numbers for every layer")
         for layer in range(self.n_layer if isinstance(self.n_kv_head, list) else 1):
             n_k, n_v = self.kv_heads(layer)
-            if not (1 <= n_k <= self.n_head and 1 <= n_v <= self.n_head):
+            most = self.n_head * self.head_dim // self.cached_dim
+            if not (1 <= n_k <= most and 1 <= n_v <= most):
                 shown = n_k if n_k == n_v else (n_k, n_v)
-                raise ValueError(f"n_kv_head must be between 1 and n_head {self.n_head}, not {shown}")
+                raise ValueError(f"n_kv_head must be between 1 and n_head {most}, not {shown}")
+            if self.latent_rotated and n_k * self.cached_dim % 2:
+                raise ValueError(f"RoPE turns pairs: n_kv_head {n_k} times latent_dim {self.cached_dim} must be even")
             variant.check_heads(self.n_head, n_k, n_v)
 
     def kv_heads(self, layer):
@@ -124,9 +136,14 @@ class GPTConfig:
         n = self.n_kv_head[layer] if isinstance(self.n_kv_head, list) else self.n_kv_head
         return tuple(n) if isinstance(n, (list, tuple)) else (n, n)
 
+    @property
+    def cached_dim(self):
+        """Width of what is cached for one of `kv_heads`."""
+        return self.latent_dim or self.head_dim
+
     def kv_bytes_per_token(self, dtype=torch.float32):
         """Bytes that one position of one sequence takes in a `KVCache`."""
-        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.head_dim * dtype.itemsize
+        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.cached_dim * dtype.itemsize
 
     def flops_per_token(self, T=None):
         """Forward and backward FLOPs of one training token at sequence length T: 6 per matrix weight, and attention."""
@@ -218,7 +235,7 @@ class KVCache:
         for layer in range(config.n_layer):
             n_k, n_v = config.kv_heads(layer)
             k, v = (
-                torch.zeros(batch_size, max_length, n, config.head_dim, dtype=dtype, device=device) for n in (n_k, n_v)
+                torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device) for n in (n_k, n_v)
             )
             self.layers.append(LayerCache(self, k, v))
         self.reset(batch_size)

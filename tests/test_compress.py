@@ -30,9 +30,11 @@ from compress import (
     latent_maps,
     probe,
     refit_output,
+    rotary_maps,
     second_moments,
     uniform_ranks,
     value_blocks,
+    with_ranks,
 )
 from data.dataset import WindowSampler, open_dataset
 from data.prepare import prepare
@@ -183,7 +185,7 @@ def test_one_component_is_the_least_error_in_the_metric(kind):
 def test_a_latent_is_the_best_of_its_width_and_no_virtual_heads_beat_it(metric):
     weight, moment = random_heads(4), random_heads(4, 7, 60).flatten(0, 1)
     moment, S = moment @ moment.T, random_metric(4, "k") if metric else None
-    down, up, error = latent_maps(weight, 2, moment, S)
+    down, up, error = latent_maps(weight, 2 * D, moment, S)
     assert down.shape == (2 * D, C) and up.shape == (4 * D, 2 * D)
     torch.testing.assert_close(up @ down @ torch.linalg.pinv(down), up)  # a projection
     for kind in "kv":
@@ -302,23 +304,29 @@ def test_every_method_sees_more_than_the_one_before(source):
     assert changes["aligned"] < 0.9 * changes["svd"] and changes["rotated"] < changes["svd"]
 
 
-@pytest.mark.parametrize("method", ["whitened", "latent"])
+@pytest.mark.parametrize("method", ["whitened", "latent", "absorbed"])
 @pytest.mark.parametrize("source", [*SOURCES, "qk norm"])
 def test_a_latent_of_full_width_is_the_original(source, method):
     fields = SOURCES.get(source) or dict(attention="mha", qk_norm=True, n_kv_head=2)
+    if source == "qk norm" and method == "absorbed":
+        with pytest.raises(ValueError, match="qk_norm stands between"):
+            with_ranks(GPTConfig(**BASE, **fields), [(2, 2)] * 2, method)
+        return
     model = make(**fields)
     whole = model.config.kv_heads(0)
     assert change(model, [whole] * 2, method, tokens(2, 24))[0] < 1e-5
     assert model.config.attention == "latent" and model.config.kv_heads(0) == whole
 
 
-@pytest.mark.parametrize("source", [*SOURCES, "qk norm"])
-def test_latents_are_cached_byte_for_byte_and_cached_equals_uncached(source):
+@pytest.mark.parametrize(
+    "source,method", [*itertools.product([*SOURCES, "qk norm"], ["latent"]), *itertools.product(SOURCES, ["absorbed"])]
+)
+def test_latents_are_cached_byte_for_byte_and_cached_equals_uncached(source, method):
     fields = SOURCES.get(source) or dict(attention="mha", qk_norm=True, n_kv_head=4)
     model = make(**fields)
     n = model.config.kv_heads(0)[0]
     before = KVCache(model.config, 3, 20).nbytes
-    compress(model, [(1, n), (n - 1, 1)], "latent", calibrate(model, tokens(4, 24, seed=3)))
+    compress(model, [(1, n), (n - 1, 1)], method, calibrate(model, tokens(4, 24, seed=3)))
     cache = KVCache(model.config, 3, 20)
     assert cache.nbytes == 3 * 20 * model.config.kv_bytes_per_token() == before * (2 * n + 1) // (4 * n)
     x = tokens(3, 20)
@@ -329,11 +337,43 @@ def test_latents_are_cached_byte_for_byte_and_cached_equals_uncached(source):
     assert "compressed already" in ATTENTION["latent"].incompressible
 
 
+@pytest.mark.parametrize("metric", [False, True])
+def test_keys_by_frequency_commute_with_rope_and_keep_the_most_they_can(metric):
+    """As many numbers for every frequency are the closed form of virtual heads; freely spread they lose less."""
+    weight, moment, S = random_heads(3), None, random_metric(3, "k") if metric else None
+    down, up, pairs, error = rotary_maps(weight, 2 * D, moment, S)
+    x = torch.randn(7, C, dtype=torch.float64)
+    tables = [table.double() for table in rope_table(7, D)]
+    columns = torch.cat((pairs, pairs + D // 2))
+    cached = apply_rope((x @ down.T)[None, :, None], tuple(table[..., columns] for table in tables))[0, :, 0]
+    rotated_after = apply_rope((x @ down.T @ up.T).view(1, 7, 3, D), tables).flatten(2)[0]
+    torch.testing.assert_close(cached @ up.T, rotated_after)
+    assert error <= approximate(weight, 2, "k", "any", moment, S)[3][-1] + 1e-12
+    assert latent_maps(weight, 2 * D, moment, S)[2] < error
+    assert rotary_maps(weight, 3 * D, moment, S)[3] < 1e-12
+
+
+def test_a_part_of_a_head_can_be_kept():
+    fields = dict(attention="mha", n_embd=64, n_head=4)  # heads of 16, quarters of 4
+    config = with_ranks(GPTConfig(**{**BASE, **fields}), [(9, 7)] * 2, "absorbed")
+    assert config.cached_dim == 4 and config.kv_bytes_per_token() == 2 * 16 * 4 * 4
+    assert uniform_ranks(GPTConfig(**{**BASE, **fields}), 0.5, method="absorbed") == [(9, 7)] * 2
+    model = make(**fields)
+    assert change(model, [(9, 7)] * 2, "absorbed", tokens(4, 24, seed=3))[0] < 1
+    assert len(set(torch.bincount(model.layers[0].self_attn.pairs, minlength=8).tolist())) > 1
+
+
 @pytest.mark.parametrize("source", ["mha", "mha + norm", "biases"])
-def test_a_latent_loses_less_than_virtual_heads_of_the_same_bytes(source):
+def test_latents_lose_less_than_virtual_heads_of_the_same_bytes(source):
+    """The more maps are allowed, the less of a layer is lost; what the model makes of it follows for latents only."""
     x, n = tokens(4, 24, seed=3), make(**SOURCES[source]).config.kv_heads(0)[0]
-    changes = {m: change(make(**SOURCES[source]), [(n // 2, n // 2)] * 2, m, x)[0] for m in ("aligned", "latent")}
+    changes, errors = {}, {}
+    for method in ("aligned", "absorbed", "latent"):
+        changes[method], lost = change(make(**SOURCES[source]), [(n // 2, n // 2)] * 2, method, x)
+        errors[method] = lost[0]
     assert changes["latent"] < changes["aligned"]
+    for kind in "kv":
+        assert errors["latent"][kind] <= errors["absorbed"][kind] + 1e-9 <= errors["aligned"][kind] + 2e-9
 
 
 @pytest.mark.parametrize("source", SOURCES)
