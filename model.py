@@ -58,7 +58,10 @@ class GPTConfig:
         None, "heads that --attention latent rebuilds for n_head queries (default: n_head)", least=1, most=LARGEST
     )
     latent_dim: int | None = option(
-        None, "width in which n_kv_head counts what --attention latent caches (default: head_dim)", least=1, most=LARGEST
+        None,
+        "what --attention latent caches per n_kv_head (default: head_dim)",
+        least=1,
+        most=LARGEST,
     )
     latent_rotated: bool = option(False, "let --attention latent cache keys after RoPE: nothing is rebuilt when read")
     qk_norm: bool = option(False, "RMS norm on query and key heads before RoPE, as in Qwen3")
@@ -235,7 +238,8 @@ class KVCache:
         for layer in range(config.n_layer):
             n_k, n_v = config.kv_heads(layer)
             k, v = (
-                torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device) for n in (n_k, n_v)
+                torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device)
+                for n in (n_k, n_v)
             )
             self.layers.append(LayerCache(self, k, v))
         self.reset(batch_size)

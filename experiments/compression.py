@@ -29,7 +29,7 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 import torch
 
 from checkpoint import from_pretrained
-from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding
+from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding, probe
 from data.dataset import open_dataset, validation_windows
 from experiments.report import command, mean_and_std, number, table
 from train import evaluate
@@ -73,6 +73,7 @@ OURS = {  # row: (options of compress.py, whether it is healed)
     "aligned": ("--method aligned", True),
     "aligned, probe": ("--method aligned --budget probe", True),
     "whitened": ("--method whitened", False),
+    "absorbed": ("--method absorbed", False),
     "latent": ("--method latent", False),
 }
 
@@ -114,14 +115,17 @@ def our_checkpoints(o):
 # ---------------------------------------------------------------------------------------------------------------------
 # A pretrained model
 
-PEERS = ("latent", "aligned", "whitened", "svd", "pooled", "rotated")
+PEERS = ("latent", "whitened", "absorbed", "aligned, probe", "aligned", "rotated", "pooled", "svd")
+MAIN = ("latent", "whitened", "absorbed", "aligned")  # with every seed, at half the cache
 RATIOS = (1 / 2, 1 / 3, 2 / 3)
 
 
 def planned(seeds):
-    """(ratio, method, seed) of the rows: every method with the first seed, the main ones at half the cache with all."""
-    rows = [(ratio, method, 0) for ratio in RATIOS for method in PEERS if ratio == 0.5 or method != "rotated"]
-    return rows + [(0.5, method, seed) for seed in range(1, seeds) for method in ("latent", "aligned", "whitened")]
+    """(ratio, method, seed) of the rows, in the order in which they are made."""
+    half = [(0.5, method, 0) for method in PEERS if method != "aligned, probe"]
+    repeated = [(0.5, method, seed) for seed in range(1, seeds) for method in MAIN]
+    others = [(ratio, method, 0) for ratio in RATIOS[1:] for _, method, _ in half]
+    return [*half, *repeated, *others, (0.5, "aligned, probe", 0)]
 
 
 def pretrained(o):
@@ -137,32 +141,41 @@ def pretrained(o):
     def losses(model):
         return {Path(folder).name: evaluate(model, part, 2, device, dtype) for folder, part in windows.items()}
 
+    def windows_seen(seed):
+        """(tokens that calibrate, the windows behind them that a probe measures on)."""
+        sampler = Mixture([texts[folder].train for folder in folders], T, seed)
+        inputs, targets = sampler.batch(0, o.calibration_windows + o.probe_windows)
+        n = o.calibration_windows
+        return torch.from_numpy(inputs[:n]), (inputs[n:], targets[n:])
+
     @functools.lru_cache(1)
     def calibration(seed):
         """(what every layer saw, seconds that took), for all methods; on disk, too."""
         path, began = ROOT / o.out_dir / f"calibration-seed{seed}.pt", time.monotonic()
         if not path.exists():
-            sampler = Mixture([texts[folder].train for folder in folders], T, seed)
-            tokens = torch.from_numpy(sampler.batch(0, o.calibration_windows)[0])
-            layers = [vars(seen) for seen in calibrate(load(), tokens, dtype=dtype)]
+            layers = [vars(seen) for seen in calibrate(load(), windows_seen(seed)[0], dtype=dtype)]
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save((layers, time.monotonic() - began), path)
         layers, seconds = torch.load(path, weights_only=True, mmap=True)
         return [Seen(**layer) for layer in layers], seconds
 
-    def compressed(ratio, method, seed):
-        model = copy.deepcopy(load())
+    def compressed(ratio, name, seed):
+        model, (method, *probed) = copy.deepcopy(load()), name.split(", ")
         seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
-        began = time.monotonic()
-        compress(model, choose_ranks(model.config, ratio, "all", method=method), method, seen)
+        began, costs = time.monotonic(), None
+        if probed:
+            tokens, few = windows_seen(seed)
+            costs = probe(copy.deepcopy(model), method, tokens, few, dtype=dtype)
+        ranks = choose_ranks(model.config, ratio, "probe" if probed else "all", costs, method)
+        compress(model, ranks, method, seen)
         seconds = dict(calibrating=round(seconds, 1), fitting=round(time.monotonic() - began, 1))
-        return dict(loss=losses(model), ranks=model.config.n_kv_head[0], seconds=seconds)
+        heads = [[n * model.config.cached_dim / model.config.head_dim for n in pair] for pair in ranks]
+        return dict(loss=losses(model), heads=heads, seconds=seconds)
 
     def decoded(method):
         model = copy.deepcopy(load())
-        if method != "original":  # speed depends on the format, not on how well it was fitted
-            quick = {"aligned": "svd", "latent": "whitened"}[method]
-            compress(model, choose_ranks(model.config, 0.5, "all", method=method), quick)
+        if method != "original":  # without calibration: speed depends on the format, not on how well it was fitted
+            compress(model, choose_ranks(model.config, 0.5, "all", method=method), method)
         contexts = [context for context in (1024, 4096, 8192) if context <= model.config.block_size]
         return {str(context): decoding(model, 1, context) for context in contexts or [model.config.block_size]}
 
@@ -184,10 +197,11 @@ def peers_table(rows, o):
                 continue
             more = [[row["loss"][name] - loss for row in mine] for name, loss in before.items()]
             perplexity = f"{math.exp(statistics.mean(map(statistics.mean, more))):.2f}"
-            pair, shown = "{} + {}".format(*mine[0]["ranks"]), [spread(values, "+.3f") for values in more]
+            pair = " + ".join(f"{statistics.mean(n):.3g}" for n in zip(*mine[0]["heads"]))
+            shown = [spread(values, "+.3f") for values in more]
             cells.append([f"{ratio:.2f}", pair, method, *shown, perplexity, str(len(mine))])
     listed = ", ".join(f"{name} {loss:.4f}" for name, loss in before.items())
-    heads = ["cache", "keys + values", "method", *before, "perplexity, times", "seeds"]
+    heads = ["cache", "key + value heads", "method", *before, "perplexity, times", "seeds"]
     yield from [f"The original's losses: {listed} nats per token. Increase before any healing:", ""]
     yield from table(heads, cells)
     speeds = {name.split(" | ")[1]: row for name, row in rows.items() if name.startswith("decoding")}
@@ -211,9 +225,10 @@ class Options:
     calibration_data: str = option("", "for a pretrained model: data sets with commas between them, as in compress.py")
     block_size: int = option(512, "positions of a window", least=2)
     calibration_windows: int = option(36, "windows to calibrate a pretrained model on", least=1)
-    eval_windows: int = option(6, "windows of each data set to measure it on", least=1)
+    probe_windows: int = option(6, "windows that a probe measures it on", least=1)
+    eval_windows: int = option(8, "windows of each data set to measure it on", least=1)
     seeds: int = option(3, "calibrations at half the cache", least=1)
-    decode: str = option("original,aligned,latent", "methods whose decoding is timed")
+    decode: str = option("original,aligned,absorbed,latent", "methods whose decoding is timed")
     threads: int = option(1, "CPU threads", least=1)
 
 
