@@ -26,7 +26,8 @@ which is (1) with blocks U_hc = w[c, h] T_h. w is its composition matrix; T_h is
 Keys are the same with complex numbers: RoPE turns pair f of a head by an angle, and only a complex number per pair
 commutes with that. So T_h, which goes into the queries, is D/2 complex numbers, and (2) is D/2 small problems that
 share w. What a latent gains over virtual heads is what this condition costs; what it pays is that its keys have to be
-rebuilt and rotated whenever they are read.
+rebuilt and rotated whenever they are read. Between the two, `--method absorbed` lets U be anything that commutes with
+RoPE: an SVD for each frequency, which keeps as many pairs as it needs; keys are cached rotated, and queries absorb U.
 
 Virtual heads are the paper's format: MEA mixes them back as it reads them. `approximate` solves (2), `latent_maps` (1),
 `compress_layer` puts them into a layer; `calibrate` shows a model text, `compress` replaces its layers one by one,
@@ -186,33 +187,38 @@ def root(weight, moment):
     return (vectors * values.clamp_min(0).sqrt()).unflatten(0, weight.shape[:2])
 
 
+def in_metric(heads, kind, metric):
+    """(S (n, g, b, b), S y in blocks) of heads y (n, D, M); `metric` (n, D, D) is S of (1), head by head, or None."""
+    n, D, _ = heads.shape
+    S = torch.eye(D, dtype=heads.dtype).expand(n, D, D) if metric is None else metric
+    blocks = key_blocks(heads) if kind == "k" else value_blocks(heads)
+    S = (S.diagonal(dim1=1, dim2=2)[:, : D // 2, None, None] if kind == "k" else S[:, None]).to(blocks)
+    return S, S @ blocks
+
+
 def approximate(weight, rank, kind, maps, moment=None, metric=None):
     """(2) for heads W (n, D, M): w (rank, n), T (n, D, D) real and the components' weights (rank, D, M), errors.
 
     `moment` (nD, nD) is E[y y^T] of what the heads put out: errors are then those of outputs, otherwise of weights.
-    `metric` (n, D, D) is S of (1), head by head: of keys diagonal, and the same for both halves of a pair; with maps
-    "rotations" a multiple of 1, which goes into w.
+    `metric` of keys is diagonal, and the same for both halves of a pair; with maps "rotations" it is a multiple of 1,
+    which goes into w.
     """
-    n, D, _ = weight.shape
-    blocks = key_blocks if kind == "k" else value_blocks
-    plain = blocks(root(weight, moment))
-    S = torch.eye(D, dtype=weight.dtype).expand(n, D, D) if metric is None else metric
-    S = (S.diagonal(dim1=1, dim2=2)[:, : D // 2, None, None] if kind == "k" else S[:, None]).to(plain)  # (n, g, b, b)
-    heads = S @ plain
+    n = len(weight)
+    S, heads = in_metric(root(weight, moment), kind, metric)
     if maps == "any":
         error = math.inf
         if rank in (1, n - 1):
             w, turn, error, least = fit_in_closed_form(heads, rank)
             errors = [error]
         if error == math.inf or error > 1.05 * least + 1e-12:
-            w, turn, _ = align_by_rotation(plain, rank)  # in the plain metric: where that is exact, it stays exact
+            w, turn, _ = align_by_rotation(torch.linalg.solve(S, heads), rank)  # where that is exact, it stays exact
             w, turn, errors = fit_any_maps(heads, w, S @ turn)
     else:
         w, turn, errors = align_by_rotation(heads, rank, rounds=300 if maps == "rotations" else 0)
         if maps == "pool":  # neighbours share a head, their average
             w = one_hot_composition(rank, n).to(w)
             errors = [relative_error(heads, rebuild(w, turn, components(w, turn, heads)))]
-    parts = from_blocks(components(w, turn, S @ blocks(weight)))  # (rank, D, M)
+    parts = from_blocks(components(w, turn, in_metric(weight, kind, metric)[1]))  # (rank, D, M)
     if maps == "rotations":
         w = w / S[:, 0, 0, 0].real
     else:
@@ -222,40 +228,29 @@ def approximate(weight, rank, kind, maps, moment=None, metric=None):
     return w, as_real(torch.diag_embed(turn[:, :, 0, 0])), parts, errors
 
 
-def latent_maps(weight, width, moment=None, metric=None):
-    """(1) for heads W (n, D, M): P (width, M), U (n*D, width), error; moment and metric as in `approximate`."""
-    n, D, _ = weight.shape
-    if width >= n * D:
-        spare = width - n * D
-        return F.pad(weight.flatten(0, 1), (0, 0, 0, spare)), torch.eye(n * D, width, dtype=weight.dtype), 0.0
-    S = torch.eye(n * D, dtype=weight.dtype) if metric is None else torch.block_diag(*metric)
-    stacked = S @ root(weight, moment).flatten(0, 1)
-    energies, directions = torch.linalg.eigh(stacked @ stacked.T)
-    kept = directions[:, -width:]
-    lost = energies[:-width].sum() / energies.sum().clamp_min(1e-300)
-    return kept.T @ S @ weight.flatten(0, 1), torch.linalg.solve(S, kept), lost.item()
+def latent_maps(weight, width, kind="v", moment=None, metric=None):
+    """(1) for heads W (n, D, M): P (width, M), U (n*D, width), error and, of keys, the frequency of each pair of c.
 
-
-def rotary_maps(weight, width, moment=None, metric=None):
-    """(1) for keys W (n, D, M) with a U that commutes with RoPE: P (width, M), U (n*D, width), the frequency of each
-    of the width/2 pairs, error.
-
-    One small problem for each frequency, as in `latent_maps`; kept are the largest energies of all frequencies.
+    One block, as values are, may be mixed as a whole: kind "v" also suits keys that are cached before RoPE. The U of
+    kind "k" commutes with RoPE: an SVD for each frequency, and kept are the largest energies of all. Moment and metric
+    as in `approximate`.
     """
     n, D, _ = weight.shape
-    S = torch.ones(n, D // 2, dtype=weight.dtype) if metric is None else metric.diagonal(dim1=1, dim2=2)[:, : D // 2]
-    stacked, rows = (stack(S[:, :, None, None] * key_blocks(x)) for x in (root(weight, moment), weight))  # (D/2, n, M)
-    energies, directions = torch.linalg.eigh(stacked @ stacked.mH)  # (D/2, n), (D/2, n, n)
-    kept = energies.flatten().topk(min(width // 2, energies.numel()))
-    pairs, place = kept.indices // n, kept.indices % n
-    columns = directions[pairs, :, place]  # (kept, n): what each pair is in each head, in the metric
-    up = torch.zeros(n, D // 2, width // 2, dtype=columns.dtype)
-    up[:, pairs, torch.arange(len(pairs))] = (columns / S[:, pairs].T).T
-    down = torch.einsum("kn,knm->km", columns.conj(), rows[pairs])
-    down = F.pad(down, (0, 0, 0, width // 2 - len(pairs)))  # more room than there are numbers
-    pairs = F.pad(pairs, (0, width // 2 - len(pairs)))
-    lost = 1 - kept.values.sum() / energies.sum().clamp_min(1e-300)
-    return torch.cat((down.real, down.imag)), as_real(up).flatten(0, 1), pairs, lost.clamp_min(0).item()
+    S, heads = in_metric(root(weight, moment), kind, metric)
+    (_, g, b, _), heads, rows = heads.shape, stack(heads), stack(in_metric(weight, kind, metric)[1])  # (g, n*b, M)
+    energies, directions = torch.linalg.eigh(heads @ heads.mH)  # (g, n*b), (g, n*b, n*b)
+    numbers = width // 2 if kind == "k" else width
+    kept = energies.flatten().topk(min(numbers, energies.numel()))
+    block, place = kept.indices // (n * b), kept.indices % (n * b)
+    spare = numbers - len(block)  # more room than there are numbers
+    down = F.pad((directions.mH @ rows)[block, place], (0, 0, 0, spare))  # (numbers, M)
+    up = torch.zeros(n, g, b, numbers, dtype=down.dtype)
+    columns = torch.linalg.solve(S, directions.unflatten(1, (n, b)).transpose(0, 1))  # (n, g, b, n*b)
+    up[:, block, :, torch.arange(len(block))] = columns[:, block, :, place]
+    error = (1 - kept.values.sum() / energies.sum().clamp_min(1e-300)).clamp_min(0).item()
+    if kind == "v":
+        return down, up.flatten(0, 2), error, None
+    return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]).flatten(0, 1), error, F.pad(block, (0, spare))
 
 
 def as_real(maps):
@@ -454,11 +449,10 @@ def compress_layer(attn, config, layer, method, seen=None):
                 metric = error_metric(attn, kind, weight, reader, moment, queries, maps == "rotations")
             if is_latent(method):
                 width = rank * config.cached_dim
-                if maps == "rotary" and kind == "k":
-                    parts, up, pairs, errors["k"] = rotary_maps(weight, width, moment, metric)
+                mixed = kind if maps == "rotary" else "v"
+                parts, up, errors[kind], pairs = latent_maps(weight, width, mixed, moment, metric)
+                if pairs is not None:
                     new.pairs.copy_(pairs)
-                else:
-                    parts, up, errors[kind] = latent_maps(weight, width, moment, metric)
                 up = up.unflatten(0, weight.shape[:2])[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
                 getattr(new, f"{kind}_up_proj").weight.copy_(up)
             else:
@@ -781,7 +775,8 @@ class Options:
         "aligned",
         "virtual heads: svd, the paper's; pooled, neighbours averaged; calibrated, svd in the metric of the data; "
         "rotated, and heads turned so that they agree; aligned, by any map that costs nothing, W^O refitted. Latents, "
-        "whose keys are rebuilt when read: whitened, an SVD of the outputs; latent, weighted by queries and W^O",
+        "whose keys are rebuilt when read: whitened, an SVD of the outputs; latent, weighted by queries and W^O; absorbed, "
+        "the same with keys cached after RoPE, frequency by frequency, which nothing rebuilds",
         list(METHODS),
     )
     budget: str = option(

@@ -30,7 +30,6 @@ from compress import (
     latent_maps,
     probe,
     refit_output,
-    rotary_maps,
     second_moments,
     uniform_ranks,
     value_blocks,
@@ -185,7 +184,7 @@ def test_one_component_is_the_least_error_in_the_metric(kind):
 def test_a_latent_is_the_best_of_its_width_and_no_virtual_heads_beat_it(metric):
     weight, moment = random_heads(4), random_heads(4, 7, 60).flatten(0, 1)
     moment, S = moment @ moment.T, random_metric(4, "k") if metric else None
-    down, up, error = latent_maps(weight, 2 * D, moment, S)
+    down, up, error = latent_maps(weight, 2 * D, "v", moment, S)[:3]
     assert down.shape == (2 * D, C) and up.shape == (4 * D, 2 * D)
     torch.testing.assert_close(up @ down @ torch.linalg.pinv(down), up)  # a projection
     for kind in "kv":
@@ -341,7 +340,7 @@ def test_latents_are_cached_byte_for_byte_and_cached_equals_uncached(source, met
 def test_keys_by_frequency_commute_with_rope_and_keep_the_most_they_can(metric):
     """As many numbers for every frequency are the closed form of virtual heads; freely spread they lose less."""
     weight, moment, S = random_heads(3), None, random_metric(3, "k") if metric else None
-    down, up, pairs, error = rotary_maps(weight, 2 * D, moment, S)
+    down, up, error, pairs = latent_maps(weight, 2 * D, "k", moment, S)
     x = torch.randn(7, C, dtype=torch.float64)
     tables = [table.double() for table in rope_table(7, D)]
     columns = torch.cat((pairs, pairs + D // 2))
@@ -349,8 +348,8 @@ def test_keys_by_frequency_commute_with_rope_and_keep_the_most_they_can(metric):
     rotated_after = apply_rope((x @ down.T @ up.T).view(1, 7, 3, D), tables).flatten(2)[0]
     torch.testing.assert_close(cached @ up.T, rotated_after)
     assert error <= approximate(weight, 2, "k", "any", moment, S)[3][-1] + 1e-12
-    assert latent_maps(weight, 2 * D, moment, S)[2] < error
-    assert rotary_maps(weight, 3 * D, moment, S)[3] < 1e-12
+    assert latent_maps(weight, 2 * D, "v", moment, S)[2] < error
+    assert latent_maps(weight, 3 * D, "k", moment, S)[2] < 1e-12
 
 
 def test_a_part_of_a_head_can_be_kept():
