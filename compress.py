@@ -775,8 +775,8 @@ class Options:
         "aligned",
         "virtual heads: svd, the paper's; pooled, neighbours averaged; calibrated, svd in the metric of the data; "
         "rotated, and heads turned so that they agree; aligned, by any map that costs nothing, W^O refitted. Latents, "
-        "whose keys are rebuilt when read: whitened, an SVD of the outputs; latent, weighted by queries and W^O; absorbed, "
-        "the same with keys cached after RoPE, frequency by frequency, which nothing rebuilds",
+        "whose keys are rebuilt when read: whitened, an SVD of the outputs; latent, weighted by queries and W^O; "
+        "absorbed, the same with keys cached after RoPE, frequency by frequency, which nothing rebuilds",
         list(METHODS),
     )
     budget: str = option(
