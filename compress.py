@@ -611,7 +611,7 @@ def compress(model, ranks, method="aligned", calibration=None):
 
 
 @torch.no_grad()
-def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None, dtype=torch.float32):
+def probe(model, method, tokens, windows, chunk=4, dtype=torch.float32):
     """{(layer, "k" or "v"): [increase of the loss with 1, 2, .. n heads]}, each measured with the rest of the model as
     it is.
 
@@ -648,7 +648,8 @@ def probe(model, method, tokens, windows, chunk=4, report=lambda *_: None, dtype
                 smaller = with_ranks(config, ranks, method)
                 block.self_attn, _ = compress_layer(original, smaller, layer, method, seen)
                 costs[layer, kind][rank - 1] = loss(layer) - base
-            report(layer, kind, costs[layer, kind])
+            listed = " ".join(f"{cost:+.4f}" for cost in costs[layer, kind])
+            say(f"probe: layer {layer:>2}, 1 .. {n} {'keys' if kind == 'k' else 'values'}: {listed}")
         block.self_attn = original
         x = forward(block, x)
         bar.update(1)
@@ -764,9 +765,7 @@ def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None, done=0,
 
 @dataclass
 class Options:
-    checkpoint: str = option(
-        "out/small", "run folder, a checkpoint file in one, a Hugging Face folder or hub name, or a .gguf file"
-    )
+    checkpoint: str = option("out/small", "run folder or file, a Hugging Face folder or hub name, or a .gguf file")
     out_dir: str = option("", "folder of the compressed model (default: the checkpoint's with -kv<ratio> behind it)")
     overwrite: bool = option(False, "replace what out_dir holds")
     resume: bool = option(False, "go on healing what out_dir holds; only --device, --threads and --kernel are read")
@@ -779,18 +778,10 @@ class Options:
         "absorbed, the same with keys cached after RoPE, frequency by frequency, which nothing rebuilds",
         list(METHODS),
     )
-    budget: str = option(
-        "all",
-        "layers that are compressed; probe: ranks where they cost least, by measuring each layer",
-        [*BUDGETS, "probe"],
-    )
+    budget: str = option("all", "layers that give up heads; probe: measure where they cost least", [*BUDGETS, "probe"])
     data_dir: str = option("", "data set that is reported on (default: the one that the checkpoint was trained on)")
-    calibration_data: str = option(
-        "", "data sets to calibrate, probe and heal on, with commas between them (default: data_dir)"
-    )
-    calibration_windows: int = option(
-        32, "training windows that the method sees, spread over them; 0: weights stand in for them", least=0
-    )
+    calibration_data: str = option("", "data sets to calibrate, probe and heal on, between commas (default: data_dir)")
+    calibration_windows: int = option(32, "training windows that the method sees; 0: only weights", least=0)
     probe_windows: int = option(8, "training windows that a probe measures on", least=1)
     eval_windows: int = option(64, "validation windows of each data set that the report measures on", least=1)
     heal_steps: int = option(0, "training steps afterwards", least=0)
@@ -798,17 +789,11 @@ class Options:
     heal_params: str = option("all", "what they may move; keep_kv: all but k_proj and v_proj", list(HEALED))
     heal_checks: int = option(10, "times that healing saves its state and measures", least=1)
     distill: bool = option(False, "heal towards the original model's predictions instead of the tokens")
-    continue_original: bool = option(
-        False, "also train the original as long on the same tokens, to compare healing with"
-    )
+    continue_original: bool = option(False, "also train the original as long, to compare healing with")
     batch_size: int = option(8, "windows in a healing step", least=1)
     block_size: int | None = option(None, "positions in a window (default: the model's, at most 512)", least=2)
-    context: int | None = option(
-        None,
-        "positions of a row for the report's bytes and decoding speed (default: the model's, at most 4,096)",
-        least=2,
-    )
-    rows: int = option(1, "rows of that cache", least=1)
+    context: int | None = option(None, "positions to decode behind (default: the model's, at most 4,096)", least=2)
+    rows: int = option(1, "rows to decode at once", least=1)
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
     seed: int = option(0, "of the calibration windows and of healing", least=0)
@@ -839,7 +824,7 @@ def open_job(o, given):
         with_ranks(config, choose_ranks(config, ratio, o.budget, method=o.method), o.method)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
-    if not data_dir or not isinstance(data_dir, str):
+    if not isinstance(data_dir, str) or not data_dir:
         how = "give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)"
         raise ValueError(f"{o.checkpoint} does not say what data it was trained on: {how}")
     folders = [part.strip() for part in (o.calibration_data or data_dir).split(",") if part.strip()]
@@ -929,12 +914,7 @@ class Job:
         costs = None
         if o.budget == "probe":
             few = tuple(part[o.calibration_windows :] for part in seen)  # neither calibrated nor reported on
-
-            def show_costs(layer, kind, costs):
-                listed = " ".join(f"{cost:+.4f}" for cost in costs)
-                say(f"probe: layer {layer:>2}, 1 .. {len(costs)} {'keys' if kind == 'k' else 'values'}: {listed}")
-
-            costs = probe(model, o.method, tokens, few, report=show_costs, dtype=self.dtype)
+            costs = probe(model, o.method, tokens, few, dtype=self.dtype)
             report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
         for ratio in curve_of(o):
             smaller = copy.deepcopy(model)

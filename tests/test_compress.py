@@ -550,7 +550,7 @@ def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, mon
     class Seen(Exception):
         pass
 
-    def look(model, method, tokens, few, report, dtype):
+    def look(model, method, tokens, few, dtype):
         x, y = few
         assert len(tokens) == 4 and x.shape == y.shape == (3, tokens.shape[1]) and (x[:, 1:] == y[:, :-1]).all()
         assert not any((row == tokens.numpy()).all(1).any() for row in x)
