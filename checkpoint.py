@@ -10,16 +10,16 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
 from attention import MEA
 from model import GPT, GPTConfig
-from options import read_json
+from options import read_json, refuse_pointer
 
 FORMAT = "nanomea-3"
 OLD_FORMATS = ("nanomea-1", "nanomea-2")  # the optimizer's state by number instead of by name; rope_scaling as a dict
@@ -87,23 +87,17 @@ def load_checkpoint(path, device="cpu"):
     if path.name == "config.json" or path.suffix == ".gguf":
         model = from_pretrained(path, device)
         return model, dict(model=model.state_dict(), config=asdict(model.config))
-    previous = path.with_name("checkpoint.prev.pt")
-    hint = ""
-    if previous.is_file() and previous != path:
-        hint = f"; the one before it is {previous}: to go on from there, move {path.name} away"
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} does not match")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise anything, OSError too, for a file that is none of theirs
-        why = " ".join(str(error).split())[:100] or type(error).__name__
-        why = "pickled code is never run" if "Weights only" in str(error) else why
-        raise ValueError(f"{path} is damaged or not a checkpoint ({why}){hint}") from error
+        why = "pickled code is never run" if "Weights only" in str(error) else shorten(str(error), 100)
+        previous = path.with_name("checkpoint.prev.pt")
+        advice = f"; the one before it is {previous}: to go on from there, move {path.name} away"
+        advice = advice if previous.is_file() and previous != path else ""
+        raise ValueError(f"{path} is damaged or not a checkpoint ({why or type(error).__name__}){advice}") from error
     if not isinstance(state, dict) or state.get("format") not in (FORMAT, *OLD_FORMATS):
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r} is missing)")
     try:
@@ -111,10 +105,12 @@ def load_checkpoint(path, device="cpu"):
         with torch.device("meta"):  # shapes without memory: the weights of the file become the model's
             model = GPT(config)
         model.load_state_dict(state["model"], assign=True)
+        model = on_device(model, device)
+        if state["format"] in OLD_FORMATS and "optimizer" in state:
+            state["optimizer"] = optimizer_by_name(state["optimizer"], model)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a whole model: {' '.join(str(error).split())[:300]}") from error
-    state["config"] = asdict(config)
-    return on_device(model, device), state
+        raise ValueError(f"{path} does not hold a whole model: {shorten(str(error), 300)}") from error
+    return model, state | dict(config=asdict(config))
 
 
 def on_device(model, device):
@@ -126,21 +122,25 @@ def on_device(model, device):
 
 
 def modern_config(config):
-    """The fields of a config as checkpoints of any format have them; rotary scalings become frequencies."""
+    """The fields of a config of any format: rotary scalings, as transformers names them, become frequencies."""
     config = dict(config)
     scaling = config.pop("rope_scaling", None)
     if scaling is not None:
-        config["rope_frequencies"] = scaled_frequencies(config, scaling)
+        shape = dict(hidden_size=config["n_embd"], num_attention_heads=config["n_head"], head_dim=config["head_dim"])
+        shape |= dict(max_position_embeddings=config["block_size"])
+        rope = {**scaling, "rope_theta": config["rope_theta"]}
+        theirs = import_transformers().LlamaConfig(**shape, rope_parameters=rope)
+        config["rope_frequencies"] = frequencies_of(theirs)[0]
     return config
 
 
-def scaled_frequencies(config, scaling):
-    """The rotary frequencies of a checkpoint that names a scaling of transformers' instead of numbers."""
-    transformers = import_transformers()
-    rope = {**scaling, "rope_theta": config["rope_theta"]}
-    shape = dict(hidden_size=config["n_embd"], num_attention_heads=config["n_head"], head_dim=config["head_dim"])
-    theirs = transformers.LlamaConfig(**shape, rope_parameters=rope, max_position_embeddings=config["block_size"])
-    return frequencies_of(theirs)[0]
+def optimizer_by_name(old, model):
+    """An optimizer's state that numbers the parameters, as formats before nanomea-3 do, with their names instead."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in model.parameter_groups(0)]
+    moments = {name: old["state"][number] for number, name in enumerate(sum(groups, []))}
+    pairs = zip(old["param_groups"], groups)
+    return dict(state=moments, param_groups=[{**group, "params": named} for group, named in pairs])
 
 
 @contextlib.contextmanager
@@ -208,13 +208,12 @@ def frequencies_of(config):
 
 def check_weights(folder):
     """Raise ValueError or FileNotFoundError, in one line, unless there are safetensors in a Hugging Face folder."""
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
-    if not list(folder.glob("*.safetensors")):
-        pickled = any(list(folder.glob(pattern)) for pattern in ("*.bin", "*.pth", "*.pt"))
-        why = "pickled weights only, and nothing is unpickled here: convert them" if pickled else "no weights: download"
+    weights = list(folder.glob("*.safetensors"))
+    for path in weights:
+        refuse_pointer(path)
+    if not weights:
+        pickled = any(path.suffix in (".bin", ".pth", ".pt") for path in folder.iterdir())
+        why = "pickled weights only, and nothing is unpickled here: convert" if pickled else "no weights: download"
         raise FileNotFoundError(f"{folder} has {why} model.safetensors")
 
 
@@ -226,23 +225,18 @@ def from_pretrained(name_or_folder, device="cpu", block_size=None):
     as here. Raises FileNotFoundError or ValueError, in one line, for what is not whole or computes something else.
     """
     path = find_checkpoint(name_or_folder)
-    folder, how = path.parent, dict(use_safetensors=True)
+    folder, how = path.parent, dict(dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    how["ignore_mismatched_sizes"] = True  # they are in the report
     if path.suffix == ".gguf":  # its weights, often of 4 or 8 bits, become float32
-        how = dict(gguf_file=path.name)
+        how["gguf_file"] = path.name
     else:
         check_weights(folder)
+        how["use_safetensors"] = True
     transformers = import_transformers()
     try:
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-            **how,
-        )
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except Exception as error:  # config.json may hold anything, and transformers raises anything for it
-        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"transformers cannot load {folder}: {shorten(str(error), 200)}") from error
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names and what != "error_msgs"}
     if wrong:
         listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in wrong.items())
@@ -256,8 +250,8 @@ def from_pretrained(name_or_folder, device="cpu", block_size=None):
             weights = {key: w * scale**2 if name in key else w for key, w in weights.items()}
         model.load_state_dict(weights)
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder} is a {theirs.config.model_type} model that GPT has no form for: {said}") from error
+        what = f"a {theirs.config.model_type} model that GPT has no form for"
+        raise ValueError(f"{folder} is {what}: {shorten(str(error), 200)}") from error
     model = on_device(model, "cpu")
     shape = 1, min(64, model.config.block_size)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -270,30 +264,33 @@ def from_pretrained(name_or_folder, device="cpu", block_size=None):
     return model.to(device)
 
 
+# The fields of `GPTConfig` that a transformers config has under another name, or the same.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
 def config_of(theirs, block_size=None):
     """The `GPTConfig` of a transformers model. Raises whatever a config without Llama's fields raises."""
     c, names = theirs.config, theirs.state_dict().keys()
+    shape = {ours: getattr(c, name, None) for ours, name in FIELDS.items()}
     window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
-    shape = dict(
-        vocab_size=c.vocab_size,
-        block_size=min(limit for limit in (c.max_position_embeddings, window, block_size) if limit),
-        n_layer=c.num_hidden_layers,
-        n_head=c.num_attention_heads,
-        n_kv_head=c.num_key_value_heads,
-        n_embd=c.hidden_size,
-        head_dim=getattr(c, "head_dim", None),
-        intermediate_size=c.intermediate_size,
-        attention="mha",
-        qk_norm=any(name.endswith("q_norm.weight") for name in names),
-        attention_bias=any(name.endswith("q_proj.bias") for name in names),
-        rope_theta=float(c.rope_parameters["rope_theta"]),
-        norm_eps=float(c.rms_norm_eps),
-        tie_embeddings=bool(c.tie_word_embeddings),
-        embedding_multiplier=1.0,
-    )
+    shape["block_size"] = min(limit for limit in (shape["block_size"], window, block_size) if limit)
+    shape["qk_norm"] = any(name.endswith("q_norm.weight") for name in names)
+    shape["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
     if c.rope_parameters["rope_type"] != "default":
         shape["rope_frequencies"] = frequencies_of(c)[0]
-    return GPTConfig(**shape)
+    rope_theta = float(c.rope_parameters["rope_theta"])
+    return GPTConfig(**shape, attention="mha", rope_theta=rope_theta, embedding_multiplier=1.0)
 
 
 def exported_model(model, spoken):
@@ -301,18 +298,15 @@ def exported_model(model, spoken):
 
     `spoken` has the ids that begin and end a text. Raises ValueError for a model that none of them can say.
     """
-    c = model.config
-    heads = {c.kv_heads(layer) for layer in range(c.n_layer)}
-    weights = model.state_dict()
+    c, weights = model.config, model.state_dict()
     if c.head_norm:
         raise ValueError("a model with a head norm cannot be exported: transformers has no Llama with one")
     if c.attention not in ("mha", "mea"):
         raise ValueError(f"{c.attention} cannot be exported: transformers has no Llama with it, only with mha")
-    if len(heads) > 1:
+    if len({c.kv_heads(layer) for layer in range(c.n_layer)}) > 1:
         raise ValueError("layers with different numbers of key/value heads cannot be exported: a Llama has one number")
     if c.qk_norm and c.attention_bias:
-        both = "qk_norm together with attention_bias"
-        raise ValueError(f"{both} cannot be exported: Qwen3 has the first, Qwen2 the second")
+        raise ValueError("qk_norm with attention_bias cannot be exported: Qwen3 has the first, Qwen2 the second")
     for i, block in enumerate(model.layers):
         if isinstance(block.self_attn, MEA):  # fold() refuses what is more than an MHA
             prefix = f"layers.{i}.self_attn."
@@ -327,21 +321,11 @@ def exported_model(model, spoken):
         rope |= dict(rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0)
         rope |= dict(factor=1.0, original_max_position_embeddings=c.block_size)
     kind = "Qwen3" if c.qk_norm else "Qwen2" if c.attention_bias else "Llama"
+    shape = {name: getattr(c, ours) for ours, name in FIELDS.items()} | dict(num_key_value_heads=c.kv_heads(0)[0])
+    shape |= dict(tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1, rope_parameters=rope)
+    shape |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | spoken
     transformers = import_transformers()
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.block_size,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.kv_heads(0)[0],
-        hidden_size=c.n_embd,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1,
-        **(dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | spoken),
-    )
+    config = getattr(transformers, f"{kind}Config")(**shape)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(model.lm_head.weight.dtype)
     named = {name if name.startswith("lm_head.") else f"model.{name}": w for name, w in weights.items()}
     theirs.load_state_dict(named)

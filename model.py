@@ -25,11 +25,10 @@ PRESETS = {
     "tiny": dict(n_layer=2, n_head=4, n_embd=32, block_size=64),  # tests, seconds
     "small": dict(n_layer=4, n_head=8, n_embd=128, block_size=512),  # a laptop's CPU, minutes
     "base": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, tie_embeddings=True),  # 124M, one GPU
-    "1b": dict(
+    "1b": dict(  # LLaMA-3.2-1B
         n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, intermediate_size=8192, block_size=2048, rope_theta=500000.0
     ),
 }
-LARGEST = 1 << 20  # of any one size: beyond what exists, and a table of so many positions still fits in memory
 
 
 @dataclass
@@ -40,34 +39,21 @@ class GPTConfig:
     """
 
     vocab_size: int
-    block_size: int = option(256, "positions in a training window", least=1, most=LARGEST)
-    n_layer: int = option(4, "layers", least=1, most=LARGEST)
-    n_head: int = option(8, "attention heads", least=1, most=LARGEST)
+    block_size: int = option(256, "positions in a training window", least=1)
+    n_layer: int = option(4, "layers", least=1)
+    n_head: int = option(8, "attention heads", least=1)
     # A list: one [keys, values] pair per layer, as compress.py makes them.
-    n_kv_head: int | list | None = option(None, "key/value heads that are projected and cached (default: n_head)")
-    n_embd: int = option(128, "width of the model", least=1, most=LARGEST)
-    head_dim: int | None = option(None, "width of a head (default: n_embd / n_head)", least=1, most=LARGEST)
-    intermediate_size: int | None = option(
-        None, "width of the MLP (default: 8/3 of n_embd, rounded up to 32)", least=1, most=LARGEST
-    )
+    n_kv_head: int | list | None = option(None, "key/value heads, projected and cached (default: n_head)", least=1)
+    n_embd: int = option(128, "width of the model", least=1)
+    head_dim: int | None = option(None, "width of a head (default: n_embd / n_head)", least=1)
+    intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of n_embd, rounded up to 32)", least=1)
     attention: str = option("mea", "attention of every layer", ATTENTION)
-    head_norm: bool | None = option(
-        None, "RMS norm on each head's output (default: the variant's own, on for dfa and mea)"
-    )
-    latent_heads: int | None = option(
-        None, "heads that --attention latent rebuilds for n_head queries (default: n_head)", least=1, most=LARGEST
-    )
-    latent_dim: int | None = option(
-        None,
-        "what --attention latent caches per n_kv_head (default: head_dim)",
-        least=1,
-        most=LARGEST,
-    )
-    latent_rotated: bool = option(False, "let --attention latent cache keys after RoPE: nothing is rebuilt when read")
+    head_norm: bool | None = option(None, "RMS norm on each head's output (default: on for dfa and mea)")
+    latent_heads: int | None = option(None, "heads that --attention latent rebuilds (default: n_head)", least=1)
+    latent_dim: int | None = option(None, "what it caches per n_kv_head (default: head_dim)", least=1)
+    latent_rotated: bool = option(False, "let it cache keys after RoPE: nothing is rebuilt when read")
     qk_norm: bool = option(False, "RMS norm on query and key heads before RoPE, as in Qwen3")
-    compose: str = option(
-        "full", "MEA's composition matrices: full, or diagonal, one number per head", ["full", "diagonal"]
-    )
+    compose: str = option("full", "MEA's compositions: full, or one number per head", ["full", "diagonal"])
     mea_form: str = option("auto", "where MEA applies its composition", ["auto", "compose", "fold", "absorb"])
     rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
     rope_frequencies: list | None = None  # D/2 radians per position instead, as a loaded model turns by
@@ -75,19 +61,13 @@ class GPTConfig:
     dropout: float = option(0.0, "on attention weights and on what each sublayer adds", least=0, below=1)
     attention_bias: bool = option(False, "a bias on queries, keys and values, as in Qwen2")
     tie_embeddings: bool = option(False, "one matrix for the embedding and the output head")
-    embedding_multiplier: float | None = option(
-        None, "scales embeddings as they enter (default: 1 as in Llama, or, if tied, sqrt(n_embd))", above=0
-    )
+    embedding_multiplier: float | None = option(None, "of embeddings (default: 1, tied sqrt(n_embd))", above=0)
 
     def __post_init__(self):
         check_options(self)
-        if not 1 <= self.vocab_size <= LARGEST:
-            raise ValueError(f"vocab_size must be at least 1 and at most {LARGEST}, not {self.vocab_size}")
         variant = ATTENTION[self.attention]
         if self.qk_norm and self.mea_form == "fold":
-            raise ValueError(
-                "qk_norm stands between MEA's projections and compositions: mea_form cannot be fold, use auto"
-            )
+            raise ValueError("qk_norm stands between MEA's projections and compositions: mea_form cannot be fold")
         if self.compose != "full" and not hasattr(variant, "compositions"):
             raise ValueError(f"compose {self.compose} is for mea: {self.attention} composes no heads")
         for name in ("latent_heads", "latent_dim", "latent_rotated"):
@@ -97,47 +77,31 @@ class GPTConfig:
             raise ValueError(f"latent_heads {self.latent_heads} must divide n_head {self.n_head}")
         if self.latent_rotated and self.qk_norm:
             raise ValueError("qk_norm stands between a latent and RoPE: latent_rotated cannot be")
-        if self.head_norm is None:
-            self.head_norm = variant.head_norm_by_default
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
-            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
             raise ValueError(f"a head is {self.head_dim} wide, and RoPE needs an even width: change n_embd or n_head")
-        if self.rope_frequencies is not None:
-            numbers = [f for f in self.rope_frequencies if type(f) is float and math.isfinite(f)]
-            if not len(numbers) == len(self.rope_frequencies) == self.head_dim // 2:
-                raise ValueError(
-                    f"rope_frequencies must be {self.head_dim // 2} finite numbers, one for every pair of a head"
-                )
-        if self.intermediate_size is None:
-            self.intermediate_size = 32 * math.ceil(8 * self.n_embd / 3 / 32)
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.embedding_multiplier is None:
-            self.embedding_multiplier = math.sqrt(self.n_embd) if self.tie_embeddings else 1.0
-        if isinstance(self.n_kv_head, list):
-            if len(self.n_kv_head) != self.n_layer:
-                raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
-            for pair in self.n_kv_head:
-                counts = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (pair, pair)
-                if not all(type(count) is int for count in counts):
-                    raise ValueError("n_kv_head must list a [keys, values] pair of whole numbers for every layer")
-        for layer in range(self.n_layer if isinstance(self.n_kv_head, list) else 1):
+        if self.rope_frequencies is not None and len(self.rope_frequencies) != self.head_dim // 2:
+            raise ValueError(f"rope_frequencies must be {self.head_dim // 2} numbers, one for every pair of a head")
+        self.head_norm = variant.head_norm_by_default if self.head_norm is None else self.head_norm
+        self.intermediate_size = self.intermediate_size or 32 * math.ceil(8 * self.n_embd / 3 / 32)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.embedding_multiplier = self.embedding_multiplier or (self.n_embd**0.5 if self.tie_embeddings else 1.0)
+        if isinstance(self.n_kv_head, list) and len(self.n_kv_head) != self.n_layer:
+            raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
+        for layer in range(self.n_layer):
             n_k, n_v = self.kv_heads(layer)
             most = self.n_head * self.head_dim // self.cached_dim
             if not (1 <= n_k <= most and 1 <= n_v <= most):
-                shown = n_k if n_k == n_v else (n_k, n_v)
-                raise ValueError(f"n_kv_head must be between 1 and n_head {most}, not {shown}")
+                raise ValueError(f"n_kv_head must be between 1 and n_head {most}, not {self.n_kv_head}")
             if self.latent_rotated and n_k * self.cached_dim % 2:
                 raise ValueError(f"RoPE turns pairs: n_kv_head {n_k} times latent_dim {self.cached_dim} must be even")
             variant.check_heads(self.n_head, n_k, n_v)
 
     def kv_heads(self, layer):
         """(key heads, value heads) that a layer projects and caches."""
-        n = self.n_kv_head[layer] if isinstance(self.n_kv_head, list) else self.n_kv_head
-        return tuple(n) if isinstance(n, (list, tuple)) else (n, n)
+        return tuple(self.n_kv_head[layer]) if isinstance(self.n_kv_head, list) else (self.n_kv_head, self.n_kv_head)
 
     @property
     def cached_dim(self):
@@ -197,9 +161,7 @@ class LayerCache:
 
     def __init__(self, cache, k, v):
         self.cache, self.k, self.v = cache, k, v
-        self.folded = (
-            None  # MEA keeps its folded projections here: they are valid as long as the entries made with them
-        )
+        self.folded = None  # MEA's folded projections: valid as long as the entries made with them
 
     def rope(self, length):
         """(cos, sin) of the cached positions, each (length, 1, D): a row's entry stands where it is stored."""
@@ -210,10 +172,9 @@ class LayerCache:
 
         Returns (B, S, n_k, D), (B, S, n_v, D), positions: (B, T) where rows differ in length, otherwise None.
         """
-        lengths, T = self.cache.lengths, k.size(1)
+        lengths, T, positions = self.cache.lengths, k.size(1), None
         S = max(lengths) + T
         if min(lengths) == max(lengths):
-            positions = None
             self.k[:, S - T : S], self.v[:, S - T : S] = k, v
         else:
             positions = self.cache.positions(T)
@@ -234,18 +195,9 @@ class KVCache:
         if not ATTENTION[config.attention].caches_rotated_keys:
             tables = rope_table(max_length, config.head_dim, config.rope_theta, config.rope_frequencies)
             self.rope = tuple(table.to(device) for table in tables)
-        self.layers = []
-        for layer in range(config.n_layer):
-            n_k, n_v = config.kv_heads(layer)
-            k, v = (
-                torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device)
-                for n in (n_k, n_v)
-            )
-            self.layers.append(LayerCache(self, k, v))
-        self.reset(batch_size)
-
-    def reset(self, batch_size=None):
-        self.lengths = [0] * (batch_size or len(self.lengths))
+        zeros = lambda n: torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device)
+        self.layers = [LayerCache(self, *map(zeros, config.kv_heads(layer))) for layer in range(config.n_layer)]
+        self.lengths = [0] * batch_size
 
     def positions(self, T):
         """(B, T): where the next T positions of each row stand."""
@@ -260,9 +212,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = (
-            False  # recompute each block in the backward instead of keeping what it computed
-        )
+        self.activation_checkpointing = False  # True: recompute each block in the backward, and keep less
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -272,14 +222,13 @@ class GPT(nn.Module):
         self.make_rope()
         self.init_weights()
 
-    def make_rope(self, device=None):
+    def make_rope(self):
         """The rotary tables of all positions, (block_size, 1, D) each: they follow from the config, so no checkpoint
         holds them."""
         c = self.config
-        for name, table in zip(
-            ("rope_cos", "rope_sin"), rope_table(c.block_size, c.head_dim, c.rope_theta, c.rope_frequencies)
-        ):
-            self.register_buffer(name, table.to(device), persistent=False)
+        cos, sin = rope_table(c.block_size, c.head_dim, c.rope_theta, c.rope_frequencies)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     def init_weights(self):
         """One rule for every variant: matrices N(0, 1 / fan-in), and embeddings that enter the residual stream
@@ -318,9 +267,8 @@ class GPT(nn.Module):
         past = max(cache.lengths) if cache is not None else 0
         limit = self.config.block_size if cache is None else min(self.config.block_size, cache.max_length)
         if past + T > limit:
-            raise ValueError(
-                f"{past + T} positions do not fit: the {'model' if cache is None else 'cache'} holds {limit}"
-            )
+            holder = "model" if cache is None else "cache"
+            raise ValueError(f"{past + T} positions do not fit: the {holder} holds {limit}")
         if past == 0 or min(cache.lengths) == past:
             rope = self.rope_cos[past : past + T], self.rope_sin[past : past + T]  # (T, 1, D)
         else:
@@ -373,31 +321,26 @@ class GPT(nn.Module):
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
-        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        if max_new_tokens < 0 or not 0 <= temperature < math.inf:
+            raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must be at least 0")
+        if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"top_k {top_k} must be at least 1, and top_p {top_p} above 0 and at most 1")
         device, limit = self.embed_tokens.weight.device, self.config.block_size
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         keep = min(keep, limit // 2)
         contexts = [[*prompt[:keep], *prompt[keep:][keep - limit :]] for prompt in map(list, prompts)]
         new, running = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
-        cache, fresh = None, True
-        if use_cache:
-            length = min(limit, max(map(len, contexts)) + max_new_tokens)
-            cache = KVCache(self.config, len(prompts), length, self.embed_tokens.weight.dtype, device)
+        length, dtype = min(limit, max(map(len, contexts)) + max_new_tokens), self.embed_tokens.weight.dtype
+        cache = KVCache(self.config, len(prompts), length, dtype, device) if use_cache else None
+        fresh = True  # read whole contexts, right-padded: causality hides the padding from what is real
         while any(running):
-            if (
-                cache is None or fresh
-            ):  # read the whole contexts, right-padded: causality hides the padding from what is real
-                lengths = [len(context) for context in contexts]
-                rows = [context + [0] * (max(lengths) - len(context)) for context in contexts]
-            else:
-                lengths, rows = [1] * len(prompts), [context[-1:] for context in contexts]
             if cache is not None and fresh:
-                cache.reset()
-            x = self.hidden(torch.tensor(rows, device=device), cache, lengths)
-            if min(lengths) == max(lengths):
-                x = x[:, -1]
-            else:
-                x = x[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
+                cache.lengths = [0] * len(prompts)
+            unread = contexts if cache is None or fresh else [context[-1:] for context in contexts]
+            lengths = [len(row) for row in unread]
+            rows = [row + [0] * (max(lengths) - len(row)) for row in unread]
+            x = self.hidden(torch.tensor(rows, device=device), cache, lengths)  # (B, T, C)
+            x = x[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
             logits = self.lm_head(x).float()  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights are damaged, or training had diverged")
@@ -429,18 +372,6 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p):
-    """Raise ValueError for sampling settings that make no sense."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-
-
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, V) logits -> (B) ids: see `GPT.generate`."""
     if temperature == 0:
@@ -459,7 +390,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 @dataclass
 class Options(GPTConfig):
-    vocab_size: int = option(50257, "tokens in the vocabulary", least=1, most=LARGEST)
+    vocab_size: int = option(50257, "tokens in the vocabulary", least=1)
     preset: str = option("small", "shape of the model", PRESETS)
 
     def __post_init__(self):  # a shape is checked where it is built

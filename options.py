@@ -15,9 +15,9 @@ import argparse
 import contextlib
 import hashlib
 import json
-import operator
 import sys
 from dataclasses import field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import get_args
 
@@ -25,12 +25,12 @@ from typing import get_args
 # The command line
 
 
-def option(default, help, choices=None, least=None, most=None, above=None, below=None):
-    """A dataclass field that `parse_options` turns into --name. Bounds: least <= value <= most, above < value <
-    below."""
-    return field(
-        default=default, metadata=dict(help=help, choices=choices, least=least, most=most, above=above, below=below)
-    )
+BOUNDS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+
+
+def option(default, help, choices=None, **bounds):
+    """A dataclass field that `parse_options` turns into --name. `bounds` of a number are some of BOUNDS."""
+    return field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
 
 
 def parse_options(cls, argv=None, presets=None):
@@ -39,10 +39,8 @@ def parse_options(cls, argv=None, presets=None):
     Every field with a help text and a scalar type is an option. A preset (--preset, looked up in `presets`) changes
     defaults; what is given beside it wins. Anything wrong ends the program with one line and exit code 2.
     """
-    program = sys.modules[cls.__module__]
-    parser = OneLineParser(
-        description=program.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, **how)
     for f in fields(cls):
         kind = next((k for k in (bool, int, float, str) if k in (get_args(f.type) or (f.type,))), None)
         if kind is None or "help" not in f.metadata:
@@ -56,21 +54,11 @@ def parse_options(cls, argv=None, presets=None):
             how = dict(type=kind, metavar=kind.__name__)
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
-    chosen = {}
-    if presets:
-        chosen = presets[given.get("preset") or next(f.default for f in fields(cls) if f.name == "preset")]
+    preset = presets[given.get("preset", cls.preset)] if presets else {}
     try:
-        return check_options(cls(**{**chosen, **given})), set(given)
+        return check_options(cls(**{**preset, **given})), set(given)
     except ValueError as error:
         fail(error)
-
-
-BOUNDS = {
-    "least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "most": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
 
 
 def check_options(options):
@@ -78,14 +66,14 @@ def check_options(options):
     than declared, a number that is not finite or beyond 64 bits, or one outside the declared choices or bounds.
     """
     for f in fields(options):
-        value, kinds, limits = getattr(options, f.name), get_args(f.type) or (f.type,), f.metadata
+        value, kinds, choices = getattr(options, f.name), get_args(f.type) or (f.type,), f.metadata.get("choices")
         wanted, right = " or ".join(kind.__name__ for kind in kinds), type(value) in kinds
         if type(value) in (int, float) and (right or float in kinds):
-            bounds = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
-            wanted = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in bounds.items()) or "a finite number"
-            right = -(2**63) <= value < 2**63 and all(BOUNDS[name][1](value, limit) for name, limit in bounds.items())
-        elif limits.get("choices") and value is not None:
-            wanted, right = f"one of {', '.join(limits['choices'])}", value in limits["choices"]
+            bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.get("bounds", {}).items()]
+            wanted = " and ".join(f"{words} {limit}" for words, _, limit in bounds) or "a finite number"
+            right = -(2**63) <= value < 2**63 and all(holds(value, limit) for _, holds, limit in bounds)
+        elif choices and value is not None:
+            wanted, right = f"one of {', '.join(choices)}", value in choices
         if not right:
             raise ValueError(f"{f.name} must be {wanted}, not {value!r}")
     return options
@@ -146,13 +134,11 @@ def choose_device(name="auto"):
     """torch.device for an option's text. Raises ValueError if this machine has no such device."""
     import torch
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun each process takes the GPU of its rank
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if several and name not in ("cpu", "cuda"):
-        raise ValueError(f"several processes train on cpu or cuda, where each takes a GPU of its own, not on {name}")
-    if several and name == "cuda":
+    if several and name.startswith("cuda"):  # under torchrun each process takes the GPU of its rank
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -171,8 +157,7 @@ def choose_dtype(name, device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:  # without bfloat16 instructions a CPU would convert back and forth
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -188,19 +173,23 @@ def autocast(device, dtype):
 
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError, in one line, for anything that is not one."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
+    refuse_pointer(path)
     try:
-        value = json.loads(content)
+        value = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def refuse_pointer(path):
+    """Raise ValueError if a clone without git-lfs left three lines in place of the file."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
 
 
 def sha256(path):

@@ -16,7 +16,7 @@ import torch
 from checkpoint import find_checkpoint, load_checkpoint
 from data.tokenizer import load_tokenizer
 from kernels import PATHS, set_kernel
-from model import KVCache, check_sampling
+from model import KVCache
 
 
 @dataclass
@@ -30,9 +30,7 @@ class Options:
     top_k: int | None = option(50, "draw among this many of the likeliest tokens; 0 for all", least=0)
     top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this", above=0, most=1)
     seed: int = option(0, "of the first sample; the next one takes the next number", least=0)
-    no_cache: bool = option(
-        False, "compute every token from the whole context: slow, and the same text at temperature 0"
-    )
+    no_cache: bool = option(False, "compute every token from its whole context: slow, the same at temperature 0")
     kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
@@ -55,9 +53,8 @@ def open_model(path, device):
         sizes = f"{tokenizer.vocab_size} tokens and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer beside {path} has {sizes}")
     start = () if starts_bare(state) else tokenizer.start_of_text
-    stop = {tokenizer.end_of_text, *getattr(tokenizer, "end_tokens", ())}
-    stop |= set(range(tokenizer.vocab_size, model.config.vocab_size))  # published models have rows that spell nothing
-    return model, tokenizer, start, stop
+    silent = range(tokenizer.vocab_size, model.config.vocab_size)  # published models have rows that spell nothing
+    return model, tokenizer, start, {*tokenizer.end_tokens, *silent}
 
 
 def starts_bare(state):
@@ -92,7 +89,6 @@ def main(argv=None):
     o, _ = parse_options(Options, argv)
     try:
         set_kernel(o.kernel)
-        check_sampling(o.max_new_tokens, o.temperature, o.top_k or None, o.top_p)
         prompt = read_prompt(o)
         model, tokenizer, start, stop = open_model(o.checkpoint, choose_device(o.device))
     except (ValueError, OSError) as error:
@@ -101,7 +97,7 @@ def main(argv=None):
         torch.set_num_threads(o.threads)
     tokens = [*start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
     how = dict(temperature=o.temperature, top_k=o.top_k or None, top_p=o.top_p, stop_tokens=stop, keep=len(start))
-
+    how["use_cache"] = not o.no_cache
     count, began = 0, time.monotonic()
     for sample in range(o.num_samples):
         sys.stdout.write(prompt)
@@ -112,9 +108,7 @@ def main(argv=None):
             sys.stdout.flush()
 
         try:
-            new = model.generate(
-                [tokens], o.max_new_tokens, **how, seed=o.seed + sample, use_cache=not o.no_cache, on_token=show
-            )
+            new = model.generate([tokens], o.max_new_tokens, **how, seed=o.seed + sample, on_token=show)
         except ValueError as error:  # logits that are not finite, or a path that this machine has not
             fail(error)
         count += len(new[0])

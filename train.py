@@ -6,24 +6,15 @@ with --resume and ends with the same weights bit for bit on a CPU. Under `torchr
 Read `model.py` first and `sample.py` next.
 """
 
-from options import (
-    autocast,
-    choose_device,
-    choose_dtype,
-    fail,
-    option,
-    parse_options,
-    run_program,
-    save_picture,
-    say,
-    write_atomically,
-)
+from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program  # before torch
+from options import save_picture, say, write_atomically
 
 import contextlib
 import importlib.util
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -71,8 +62,8 @@ class Options(GPTConfig):
     overwrite: bool = option(False, "replace the run in out_dir")
     # optimisation
     max_steps: int = option(350, "optimiser steps", least=1)
-    batch_size: int = option(8, "windows in a micro-batch", least=1, most=gpt.LARGEST)
-    grad_accum: int = option(1, "micro-batches in a step, in each process", least=1, most=gpt.LARGEST)
+    batch_size: int = option(8, "windows in a micro-batch", least=1)
+    grad_accum: int = option(1, "micro-batches in a step, in each process", least=1)
     learning_rate: float = option(6e-3, "peak of the schedule", above=0)
     warmup_steps: int = option(50, "steps of linear warm-up", least=0)
     schedule: str = option(
@@ -87,39 +78,28 @@ class Options(GPTConfig):
     seed: int = option(0, "of the weights, the order of the data and dropout", least=0)
     # evaluation and saving
     eval_every: int = option(50, "steps between evaluations", least=1)
-    eval_windows: int = option(64, "validation windows, always the same ones", least=1, most=gpt.LARGEST)
+    eval_windows: int = option(64, "validation windows, always the same ones", least=1)
     save_every: int = option(50, "steps between checkpoints", least=1)
     log: str = option("none", "where else metrics go; both stay on this machine", ["none", "tensorboard", "wandb"])
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    dtype: str = option(
-        "auto",
-        "of matrix products (weights stay float32); auto takes bfloat16 where the device has it",
-        ["auto", "float32", "bfloat16"],
-    )
+    # Of matrix products: weights and the optimizer's moments stay float32.
+    dtype: str = option("auto", "auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
     kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
-    parallel: str = option(
-        "ddp",
-        "under torchrun, each process holds the whole model (ddp) or a part of everything (fsdp)",
-        ["ddp", "fsdp"],
-    )
-    activation_checkpointing: bool = option(
-        False, "recompute each block in the backward: less memory, more time, the same numbers"
-    )
+    parallel: str = option("ddp", "torchrun's processes hold the whole model, or parts (fsdp)", ["ddp", "fsdp"])
+    activation_checkpointing: bool = option(False, "recompute blocks in the backward: less memory, the same numbers")
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=gpt.LARGEST)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
     def __post_init__(self):  # a shape is checked where it is built
         pass
 
 
 # What --resume may change: the rest would make it another run.
-CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every"} | {
-    *("log", "device", "kernel", "parallel", "activation_checkpointing", "compile", "threads")
-}
+CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "max_steps", "eval_every", "save_every", "log", "device"}
+CHANGEABLE |= {"kernel", "parallel", "activation_checkpointing", "compile", "threads"}
 # What --init_from may change; attention only from mha to mea, which starts as the same function.
 REFITTED = {"dropout", "block_size", "attention", "head_norm", "compose", "mea_form"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
@@ -128,18 +108,15 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 def utilisation(flops_per_second, device):
-    """Model FLOPs utilisation of a known GPU in dense bfloat16 (PaLM, appendix B), otherwise None."""
+    """{"mfu": model FLOPs utilisation} of a known GPU in dense bfloat16 (PaLM, appendix B), otherwise {}."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
-    return flops_per_second / peak if peak else None
+    return {"mfu": round(flops_per_second / peak, 4) for known, peak in PEAK_FLOPS.items() if known in name}
 
 
 def peak_memory(device):
     """Largest memory so far in bytes: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -149,7 +126,7 @@ def peak_memory(device):
 
 def ranks():
     """(rank, world size) of this process; (0, 1) outside of torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(number):
@@ -164,7 +141,7 @@ def gather(number):
 
 
 def join_processes():
-    """Find the others that torchrun started. Raises ValueError where it did not."""
+    """Find the others that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -198,24 +175,12 @@ def sync_gradients(wrapped, last):
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by name, and as one process would have it
 
 
-def optimizer_by_name(state, model):
-    """The optimizer's state of a checkpoint; formats before nanomea-3 number the parameters instead of naming them."""
-    if state["format"] == FORMAT:
-        return state["optimizer"]
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [[names[id(p)] for p in group["params"]] for group in model.parameter_groups(0)]
-    moments = dict(zip(sum(groups, []), (state["optimizer"]["state"][i] for i in range(sum(map(len, groups))))))
-    old = state["optimizer"]["param_groups"]
-    return dict(state=moments, param_groups=[{**group, "params": named} for group, named in zip(old, groups)])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a step
 
 
 def make_optimizer(groups, rate, betas=(0.9, 0.95)):
-    """AdamW over parameter groups (see `GPT.parameter_groups`). Put another optimizer here: its state is saved by
-    name."""
+    """AdamW over `GPT.parameter_groups`. Put another optimizer here: its state is saved by name."""
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=device in ("cpu", "cuda"))
 
@@ -227,8 +192,7 @@ def learning_rate(o, step, floor=0.1):
     if o.schedule == "constant":
         return o.learning_rate
     if o.schedule == "wsd":
-        decay = max(1, o.max_steps // 5)
-        return o.learning_rate * min(1.0, (o.max_steps - step) / decay)
+        return o.learning_rate * min(1.0, (o.max_steps - step) / max(1, o.max_steps // 5))
     progress = (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)
     return o.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
@@ -254,8 +218,7 @@ class SpikeCounter:
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, device, dtype):
-    """Mean loss, nats per token, over windows (inputs, targets), each an int64 array (count, T), divided among the
-    ranks."""
+    """Mean loss in nats per token over windows (inputs, targets), int64 arrays (count, T), shared by the ranks."""
     was_training = model.training
     model.eval()
     total, (rank, world_size) = 0.0, ranks()
@@ -270,15 +233,127 @@ def evaluate(model, windows, batch_size, device, dtype):
 
 
 class Stop(Exception):
-    """The run ends early: a message and an exit code."""
+    """The run ends early: (message, exit code)."""
 
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list to which the first SIGINT, SIGTERM or SIGHUP is added; a second one ends the process at once."""
+    caught = []
+    handle = lambda number, _: caught.append(number) if not caught else os._exit(128 + number)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run
+# The loop
+
+
+def train(o, config, dataset, state=None):
+    """Train as the options say and return the model. `state` is the checkpoint to resume or to take weights from."""
+    out, (rank, world_size) = Path(o.out_dir), ranks()
+    device = choose_device(o.device)
+    dtype = choose_dtype(o.dtype, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
+
+    torch.manual_seed(o.seed)
+    model = GPT(config).to(device)
+    model.activation_checkpointing = o.activation_checkpointing
+    if state is not None:
+        load_initial(model, state["model"])
+    wrapped = wrap_distributed(model, o.parallel, device)
+    run = torch.compile(wrapped) if o.compile else wrapped
+    optimizer = make_optimizer(model.parameter_groups(o.weight_decay), o.learning_rate, (o.beta1, o.beta2))
+    step, spikes = 0, SpikeCounter()
+    if o.resume:
+        saved = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(model, optimizer, **saved, options=WHOLE)
+        step, spikes = state["step"], SpikeCounter(**state["spikes"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+
+    def save():
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+        if rank == 0:
+            state = dict(model=weights, optimizer=moments, step=step, rng=dict(cpu=torch.get_rng_state(), cuda=gpu))
+            state |= dict(config=asdict(config), options=asdict(o), world_size=world_size, spikes=vars(spikes))
+            save_checkpoint(out, state | dict(data=describe_data(dataset)))
+
+    sampler = WindowSampler(dataset.train, config.block_size, o.seed)
+    windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
+    shares = dict(rank=rank, world_size=world_size, grad_accum=o.grad_accum)
+    step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
+    step_flops = config.flops_per_token() * step_tokens / world_size  # of one process
+    if rank == 0:
+        prepare_folder(o, config, dataset, step)
+    say(describe_run(o, config, dataset, model, device, dtype, step_tokens, step))
+    model.train()
+    first_step = step
+    began = shown = time.monotonic()
+    path = out / "metrics.jsonl" if rank == 0 else os.devnull
+    with caught_signals() as signals, open(path, "a", buffering=1) as metrics, open_log(o, out, step) as show:
+        while step < o.max_steps:
+            started = time.monotonic()
+            if rank > 0:  # dropout: rank 0 goes on with its saved stream, others' follow from (seed, rank, step)
+                torch.manual_seed(hash((o.seed, rank, step)))
+            rate = learning_rate(o, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            loss = 0.0
+            for micro_step in range(o.grad_accum):
+                batch = sampler.batch(step, o.batch_size, micro_step=micro_step, **shares)
+                x, y = (torch.from_numpy(part).to(device) for part in batch)  # (B, T) each
+                sync_gradients(wrapped, last=micro_step == o.grad_accum - 1)
+                with autocast(device, dtype):
+                    part = run(x, y)[1] / o.grad_accum
+                part.backward()
+                loss += part.item()
+            loss = sum(gather(loss)) / world_size
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update"
+                raise Stop(f"{what}; {last_good(out)}. Try a lower --learning_rate or more --warmup_steps", 1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may stand still
+            line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm)
+            line |= dict(tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))
+            line |= utilisation(step_flops / seconds, device)
+            if step % o.eval_every == 0 or step == o.max_steps:
+                line["val_loss"] = evaluate(run, windows, o.batch_size, device, dtype)
+                line["val_bpb"] = dataset.bits_per_byte(line["val_loss"])
+                line["peak_memory"] = peak_memory(device)
+            metrics.write(json.dumps(line) + "\n")
+            show(line)
+            if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print_progress(line, o.max_steps, (shown - began) / (step - first_step))
+
+            stop = int(max(gather(signals[0] if signals else 0)))  # a signal may reach only one of the ranks
+            if step % o.save_every == 0 or step == o.max_steps or stop:
+                save()
+            if stop and step < o.max_steps:
+                what = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
+                raise Stop(f"{what}; go on with: {command()} --resume --out_dir {out}", 128 + stop)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes before it: everything is checked before any work
 
 
 def lock_run(out):
@@ -290,18 +365,12 @@ def lock_run(out):
     try:
         return FileLock(out / "run.lock").acquire(timeout=0)
     except Timeout:
-        raise ValueError(
-            f"another process is at work in {out}: wait for it, stop it, or give another --out_dir"
-        ) from None
-
-
-def holds_run(out):
-    return any((out / name).exists() for name in ("config.json", "checkpoint.pt", "checkpoint.prev.pt"))
+        advice = "wait for it, stop it, or give another --out_dir"
+        raise ValueError(f"another process is at work in {out}: {advice}") from None
 
 
 def open_run(o, given, held):
-    """Check everything before any work: (options, config, dataset, checkpoint state or None). Raises ValueError or
-    OSError.
+    """(options, config, dataset, checkpoint state or None) of a run that can begin. Raises ValueError or OSError.
 
     The run folder's lock is entered into `held`, a contextlib.ExitStack.
     """
@@ -309,9 +378,6 @@ def open_run(o, given, held):
         other = "overwrite replaces it" if o.overwrite else "init_from begins another"
         raise ValueError(f"resume goes on with a run and {other}: give one of them")
     out, state = Path(o.out_dir or f"out/{o.preset}"), None
-    ours = {"run.lock", "config.json.tmp"}  # of a run that was killed early
-    if not holds_run(out) and out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= ours):
-        raise ValueError(f"{out} exists and is no run folder: give another --out_dir")
     if o.resume:
         state = load_checkpoint(out)[1]
         o = resumed_options(o, given, state, out)
@@ -320,7 +386,7 @@ def open_run(o, given, held):
         raise ValueError(f"log {o.log} needs a package: pip install {o.log}")
     choose_device(o.device)
     set_kernel(o.kernel)
-    config = build_config(o)  # the vocabulary comes with the data: check all the rest first
+    config = build_config(o)  # the vocabulary comes with the data: all the rest is checked first
     if o.data_dir == DEFAULT_DATA and not Path(o.data_dir).exists() and not o.resume:  # a run that goes on has its data
         say(f"preparing the default data set in {o.data_dir}")
         prepare.prepare(source="python", out_dir=o.data_dir)
@@ -328,7 +394,7 @@ def open_run(o, given, held):
         dataset = open_dataset(o.data_dir)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; if it lies elsewhere, say where with --data_dir") from None
-    config = build_config(o, vocab_size=dataset.vocab_size)
+    config.vocab_size = dataset.vocab_size
     if o.resume:
         if state["data"]["fingerprint"] != dataset.fingerprint:
             raise ValueError(f"{o.data_dir} is not the data set this run was trained on: give its own with --data_dir")
@@ -341,13 +407,12 @@ def open_run(o, given, held):
             raise ValueError(f"{o.data_dir} was made with another tokenizer than {o.init_from}: {how}")
     for split, tokens in (("training", dataset.train), ("validation", dataset.val)):
         if len(tokens) <= config.block_size:
-            short = f"{len(tokens)} tokens are too few for block_size {config.block_size}"
-            raise ValueError(
-                f"the {split} split of {o.data_dir} is too short: {short}; use more text or a smaller block"
-            )
+            few = f"{len(tokens)} tokens are too few for block_size {config.block_size}"
+            raise ValueError(f"the {split} split of {o.data_dir} is too short: {few}; use more text or a smaller block")
     if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the first process writes, and locks, for all
         held.enter_context(lock_run(out))
-        if holds_run(out) and not o.resume and not o.overwrite:
+        held_before = any((out / name).exists() for name in ("config.json", "checkpoint.pt", "metrics.jsonl"))
+        if held_before and not o.resume and not o.overwrite:
             how = "--resume to go on with it, --overwrite to replace it"
             raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
     return o, config, dataset, state
@@ -415,111 +480,8 @@ def same_tokenizer(checkpoint, state, dataset):
     return getattr(dataset.tokenizer, "content", None) == load_tokenizer(folder).content
 
 
-def train(o, config, dataset, state=None):
-    """Train as the options say and return the model. `state` is the checkpoint to resume or to take weights from."""
-    out, (rank, world_size) = Path(o.out_dir), ranks()
-    device = choose_device(o.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = choose_dtype(o.dtype, device)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
-    step_tokens = o.batch_size * o.grad_accum * world_size * config.block_size
-    step_flops = config.flops_per_token() * step_tokens / world_size  # of one process
-    torch.manual_seed(o.seed)
-    model = GPT(config).to(device)
-    model.activation_checkpointing = o.activation_checkpointing
-    if state is not None:
-        load_initial(model, state["model"])
-    wrapped = wrap_distributed(model, o.parallel, device)
-    optimizer = make_optimizer(model.parameter_groups(o.weight_decay), o.learning_rate, (o.beta1, o.beta2))
-    step, spikes = 0, SpikeCounter()
-    if o.resume:
-        moments = optimizer_by_name(state, model)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=WHOLE)
-        step, spikes = state["step"], SpikeCounter(**state["spikes"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-    first_step = step
-    del state
-    run = torch.compile(wrapped) if o.compile else wrapped
-    sampler = WindowSampler(dataset.train, config.block_size, o.seed)
-    windows = validation_windows(dataset.val, config.block_size, o.eval_windows)
-    if rank == 0:
-        prepare_folder(o, config, dataset, step)
-    say(describe_run(o, config, dataset, model, device, dtype, step_tokens, step))
-
-    def save():
-        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        weights, moments = get_state_dict(model, optimizer, options=WHOLE)
-        if rank == 0:
-            state = dict(model=weights, optimizer=moments, step=step, rng=dict(cpu=torch.get_rng_state(), cuda=gpu))
-            state |= dict(config=asdict(config), options=asdict(o), world_size=world_size, spikes=vars(spikes))
-            save_checkpoint(out, state | dict(data=describe_data(dataset)))
-
-    signals, handlers = [], {}  # the first signal saves and leaves after the step; a second one leaves at once
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            handle = lambda number, _: signals.append(number) if not signals else os._exit(128 + number)
-            handlers[getattr(signal, name)] = signal.signal(getattr(signal, name), handle)
-    model.train()
-    began = shown = time.monotonic()
-    try:
-        shown_in = open_log(o if rank == 0 else Options(), out, step)
-        with open(out / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics, shown_in as show:
-            while step < o.max_steps:
-                started = time.monotonic()
-                if rank > 0:  # dropout: rank 0 goes on with its saved stream, others' follow from (seed, rank, step)
-                    torch.manual_seed(hash((o.seed, rank, step)))
-                rate = learning_rate(o, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss = 0.0
-                for micro_step in range(o.grad_accum):
-                    place = dict(rank=rank, world_size=world_size, micro_step=micro_step, grad_accum=o.grad_accum)
-                    x, y = (torch.from_numpy(part).to(device) for part in sampler.batch(step, o.batch_size, **place))
-                    sync_gradients(wrapped, last=micro_step == o.grad_accum - 1)
-                    with autocast(device, dtype):
-                        part = run(x, y)[1] / o.grad_accum
-                    part.backward()
-                    loss += part.item()
-                loss = sum(gather(loss)) / world_size
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
-                norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    what = f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update"
-                    advice = "Try a lower --learning_rate or more --warmup_steps"
-                    raise Stop(f"{what}; {last_good(out)}. {advice}", 1)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may stand still
-                line = dict(step=step, tokens=step * step_tokens, train_loss=loss, learning_rate=rate, grad_norm=norm)
-                line |= dict(tokens_per_second=round(step_tokens / seconds, 1), loss_spikes=spikes.update(loss))
-                mfu = utilisation(step_flops / seconds, device)
-                if mfu is not None:
-                    line["mfu"] = round(mfu, 4)
-                if step % o.eval_every == 0 or step == o.max_steps:
-                    line["val_loss"] = evaluate(run, windows, o.batch_size, device, dtype)
-                    line["val_bpb"] = dataset.bits_per_byte(line["val_loss"])
-                    line["peak_memory"] = peak_memory(device)
-                metrics.write(json.dumps(line) + "\n")
-                show(line)
-                if "val_loss" in line or step == first_step + 1 or time.monotonic() - shown > 5:
-                    shown = time.monotonic()
-                    print_progress(line, o.max_steps, (shown - began) / (step - first_step))
-                stop = int(max(gather(signals[0] if signals else 0)))  # a signal may reach only one of the ranks
-                if step % o.save_every == 0 or step == o.max_steps or stop:
-                    save()
-                if stop and step < o.max_steps:
-                    what = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
-                    raise Stop(f"{what}; go on with: {command()} --resume --out_dir {out}", 128 + stop)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return model
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says and writes
 
 
 def describe_run(o, config, dataset, model, device, dtype, step_tokens, step):
@@ -578,12 +540,13 @@ def prepare_folder(o, config, dataset, step):
 @contextlib.contextmanager
 def open_log(o, out, step):
     """What --log says: a function that gives a line of metrics to TensorBoard or, offline, to Weights & Biases."""
-    if o.log == "tensorboard":
+    log = o.log if ranks()[0] == 0 else "none"
+    if log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(out / "tensorboard", purge_step=step + 1) as writer:
             yield lambda line: [writer.add_scalar(name, value, line["step"]) for name, value in line.items()]
-    elif o.log == "wandb":
+    elif log == "wandb":
         import wandb
 
         with wandb.init(project="nanomea", name=out.name, dir=out, mode="offline", config=asdict(o)) as run:
@@ -619,6 +582,23 @@ def draw_losses(plt, out):
     return figure
 
 
+def show_end(o, dataset, model, began):
+    """A sample of the trained model, the picture of its losses, and commands to try next."""
+    prompt = "def" if dataset.meta["source"] == "python" else "The"  # no space behind it: tokens begin with their space
+    how = dict(temperature=0.8, top_k=50, seed=o.seed)
+    new_tokens = min(120, 2 * model.config.block_size)
+    new = model.eval().generate([dataset.tokenizer.encode(prompt)], new_tokens, **how)[0]
+    say(f"\nA sample:\n\n{prompt}{dataset.tokenizer.decode(new)}\n")
+    other, *others = [name for name in ATTENTION if name != model.config.attention]
+    again = f"python train.py --preset {o.preset} --attention {other} --out_dir out/{o.preset}-{other}"
+    picture = save_picture(Path(o.out_dir) / "loss.png", lambda plt: draw_losses(plt, Path(o.out_dir)))
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    say(f"Done in {minutes} min {seconds} s; {picture}. Try next:")
+    say(f'  python sample.py --checkpoint {o.out_dir} --prompt "{prompt}" --num_samples 3')
+    say(f"  {again}    # or {', '.join(others)}")
+    say(f"  python train.py --resume --max_steps {2 * o.max_steps} --out_dir {o.out_dir}    # go on for as long again")
+
+
 def main(argv=None):
     began = time.monotonic()
     options, given = parse_options(Options, argv, PRESETS)
@@ -634,10 +614,11 @@ def main(argv=None):
             gather(0)  # nobody writes before all have looked
             model = train(options, config, dataset, state)
         except Stop as stop:
+            message, code = stop.args
             if rank == 0:
-                print(f"\n{stop}", file=sys.stderr)
+                print(f"\n{message}", file=sys.stderr)
             gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
-            raise SystemExit(stop.code)
+            raise SystemExit(code)
         except (ValueError, OSError) as error:
             fail(error)
         except RuntimeError as error:
@@ -648,22 +629,10 @@ def main(argv=None):
             raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()
-        if rank > 0:
-            return
-        model = load_checkpoint(options.out_dir, choose_device(options.device))[0]  # fsdp has only a part of it here
-    tokenizer, out = dataset.tokenizer, options.out_dir
-    prompt = "def" if dataset.meta["source"] == "python" else "The"  # no space behind it: tokens begin with their space
-    how = dict(temperature=0.8, top_k=50, seed=options.seed)
-    new = model.eval().generate([tokenizer.encode(prompt)], min(120, 2 * config.block_size), **how)[0]
-    say(f"\nA sample:\n\n{prompt}{tokenizer.decode(new)}\n")
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    other, *others = [name for name in ATTENTION if name != config.attention]
-    again = f"python train.py --preset {options.preset} --attention {other} --out_dir out/{options.preset}-{other}"
-    picture = save_picture(Path(out) / "loss.png", lambda plt: draw_losses(plt, Path(out)))
-    say(f"Done in {minutes} min {seconds} s; {picture}. Try next:")
-    say(f'  python sample.py --checkpoint {out} --prompt "{prompt}" --num_samples 3')
-    say(f"  {again}    # or {', '.join(others)}")
-    say(f"  python train.py --resume --max_steps {2 * options.max_steps} --out_dir {out}    # go on for as long again")
+    if rank == 0:
+        if world_size > 1:  # fsdp has only a part of it here
+            model, _ = load_checkpoint(options.out_dir, choose_device(options.device))
+        show_end(options, dataset, model, began)
 
 
 if __name__ == "__main__":
