@@ -232,8 +232,13 @@ def evaluate(model, windows, batch_size, device, dtype):
     return sum(gather(total)) / len(windows[0])
 
 
-class Stop(Exception):
-    """The run ends early: (message, exit code)."""
+def leave(message, code):
+    """End the run early, in every process."""
+    rank, _ = ranks()
+    if rank == 0:
+        print(f"\n{message}", file=sys.stderr)
+    gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
+    raise SystemExit(code)
 
 
 @contextlib.contextmanager
@@ -324,7 +329,7 @@ def train(o, config, dataset, state=None):
             norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"loss {loss} and gradient norm {norm} at step {step + 1}: stopped before the update"
-                raise Stop(f"{what}; {last_good(out)}. Try a lower --learning_rate or more --warmup_steps", 1)
+                leave(f"{what}; {last_good(out)}. Try a lower --learning_rate or more --warmup_steps", 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -348,7 +353,7 @@ def train(o, config, dataset, state=None):
                 save()
             if stop and step < o.max_steps:
                 what = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
-                raise Stop(f"{what}; go on with: {command()} --resume --out_dir {out}", 128 + stop)
+                leave(f"{what}; go on with: {command()} --resume --out_dir {out}", 128 + stop)
     return model
 
 
@@ -613,12 +618,6 @@ def main(argv=None):
                 gather(0)
             gather(0)  # nobody writes before all have looked
             model = train(options, config, dataset, state)
-        except Stop as stop:
-            message, code = stop.args
-            if rank == 0:
-                print(f"\n{message}", file=sys.stderr)
-            gather(0)  # torchrun ends the others when one leaves: let rank 0 finish
-            raise SystemExit(code)
         except (ValueError, OSError) as error:
             fail(error)
         except RuntimeError as error:

@@ -309,14 +309,9 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
+    """tests/test_faults.py has damaged and hostile ones."""
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "nowhere")
-    (tmp_path / "other.pt").write_text("hello")
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        load_checkpoint(tmp_path / "other.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
         load_checkpoint(tmp_path / "other.pt")
-    save_checkpoint(tmp_path, dict(model=make().state_dict()))
-    with pytest.raises(ValueError, match="does not hold a whole model"):
-        load_checkpoint(tmp_path)
