@@ -361,24 +361,29 @@ def train(o, config, dataset, state=None):
 # What comes before it: everything is checked before any work
 
 
-def lock_run(out):
-    """Hold out/run.lock, so that no second process writes the run folder: a context manager.
+@contextlib.contextmanager
+def lock_run(o):
+    """Hold the run folder, so that no second process writes it. Raises ValueError where that must not be.
 
-    The lock is the kernel's: it ends with the process however that ends. Raises ValueError where another one holds it.
+    The lock is the kernel's: it ends with the process however that ends.
     """
+    out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(out / "run.lock").acquire(timeout=0)
+        lock = FileLock(out / "run.lock").acquire(timeout=0)
     except Timeout:
         advice = "wait for it, stop it, or give another --out_dir"
         raise ValueError(f"another process is at work in {out}: {advice}") from None
+    with lock:
+        holds_run = any((out / name).exists() for name in ("config.json", "checkpoint.pt", "metrics.jsonl"))
+        if holds_run and not o.resume and not o.overwrite:
+            how = "--resume to go on with it, --overwrite to replace it"
+            raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
+        yield
 
 
-def open_run(o, given, held):
-    """(options, config, dataset, checkpoint state or None) of a run that can begin. Raises ValueError or OSError.
-
-    The run folder's lock is entered into `held`, a contextlib.ExitStack.
-    """
+def open_run(o, given):
+    """(options, config, dataset, checkpoint state or None) of a run that can begin. Raises ValueError or OSError."""
     if o.resume and (o.overwrite or o.init_from):
         other = "overwrite replaces it" if o.overwrite else "init_from begins another"
         raise ValueError(f"resume goes on with a run and {other}: give one of them")
@@ -414,12 +419,6 @@ def open_run(o, given, held):
         if len(tokens) <= config.block_size:
             few = f"{len(tokens)} tokens are too few for block_size {config.block_size}"
             raise ValueError(f"the {split} split of {o.data_dir} is too short: {few}; use more text or a smaller block")
-    if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the first process writes, and locks, for all
-        held.enter_context(lock_run(out))
-        held_before = any((out / name).exists() for name in ("config.json", "checkpoint.pt", "metrics.jsonl"))
-        if held_before and not o.resume and not o.overwrite:
-            how = "--resume to go on with it, --overwrite to replace it"
-            raise ValueError(f"{out} already holds a run: give {how}, or another --out_dir")
     return o, config, dataset, state
 
 
@@ -607,25 +606,25 @@ def show_end(o, dataset, model, began):
 def main(argv=None):
     began = time.monotonic()
     options, given = parse_options(Options, argv, PRESETS)
-    with contextlib.ExitStack() as held:
-        try:
-            join_processes()
-            rank, world_size = ranks()
-            if rank > 0:
-                gather(0)  # rank 0 looks first: it may have data to prepare, and one message about a mistake is enough
-            options, config, dataset, state = open_run(options, given, held)
+    try:
+        join_processes()
+        rank, world_size = ranks()
+        if rank > 0:
+            gather(0)  # rank 0 looks first: it may have data to prepare, and one message about a mistake is enough
+        options, config, dataset, state = open_run(options, given)
+        with lock_run(options) if rank == 0 else contextlib.nullcontext():
             if rank == 0:
                 gather(0)
             gather(0)  # nobody writes before all have looked
             model = train(options, config, dataset, state)
-        except (ValueError, OSError) as error:
-            fail(error)
-        except RuntimeError as error:
-            if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise
-            how = f"go on from the last checkpoint with: {command()} --resume --out_dir {options.out_dir}"
-            print(f"\nrank {ranks()[0]} lost another process; {how}", file=sys.stderr)
-            raise SystemExit(1)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except RuntimeError as error:
+        if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        how = f"go on from the last checkpoint with: {command()} --resume --out_dir {options.out_dir}"
+        print(f"\nrank {ranks()[0]} lost another process; {how}", file=sys.stderr)
+        raise SystemExit(1)
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
