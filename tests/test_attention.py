@@ -258,7 +258,7 @@ def test_fold_refuses_what_it_does_not_know():
             self.compose_shift = torch.nn.Parameter(torch.zeros(()))
 
     layer = Shifted(GPTConfig(vocab_size=11, n_layer=1, n_head=H, n_embd=C))
-    with pytest.raises(ValueError, match="compose_shift"):
+    with pytest.raises(ValueError, match="Shifted does not fold"):
         layer.fold()
     assert Shifted.incompressible and MEA.incompressible is None  # nor does compress.py guess what the child does
 
