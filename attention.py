@@ -490,17 +490,13 @@ def main():
 
     torch.manual_seed(0)
     B, T, H, D = 4, 256, 8, 32
-    threads = torch.get_num_threads()
-    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, {threads} CPU threads, medians\n")
+    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, one CPU thread, medians\n")
     print(f"{'variant':<16}{'parameters':>12}{'cached bytes/token':>20}{'forward ms':>12}{'+ backward ms':>15}")
     for name, n_kv in [*((name, H) for name in ATTENTION), ("mha", H // 2), ("mea", H // 2)]:
         config = GPTConfig(vocab_size=2, n_layer=1, n_embd=H * D, n_head=H, n_kv_head=n_kv, attention=name)
         layer = ATTENTION[name](config)
         given = dict(layer=layer, rope=rope_table(T, D), x=torch.randn(B, T, H * D, requires_grad=True))
-        steps = (
-            Timer(step, globals=given, num_threads=threads)
-            for step in ("y = layer(x, rope)", "layer(x, rope).sum().backward()")
-        )
+        steps = Timer("y = layer(x, rope)", globals=given), Timer("layer(x, rope).sum().backward()", globals=given)
         first, both = (1e3 * step.blocked_autorange(min_run_time=0.3).median for step in steps)
         title = f"{name}, {n_kv} of {H} kv" if n_kv < H else name
         parameters = sum(p.numel() for p in layer.parameters())

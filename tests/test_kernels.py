@@ -13,11 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import kernels
+from attention import compose_heads
 from experiments import aot
 from kernels import (
     absorbed_attention,
     causal_attention,
-    compose_heads,
     linear_cross_entropy,
     mea_attention,
     mea_decode,
@@ -278,12 +278,12 @@ def test_rows_of_different_length_see_nothing_behind_their_positions(path, weigh
     q, k, v = attention_problem(2, 3, 90, 4, 2, 8, 16)
     positions = torch.tensor([[87, 88, 89], [5, 6, 7]], device=DEVICE)
     exact = [
-        gradients((q[b : b + 1], k[b : b + 1, :, :stop], v[b : b + 1, :, :stop]), "reference", scale=0.5)[0]
+        gradients((q[b : b + 1], k[b : b + 1, :, :stop], v[b : b + 1, :, :stop]), "reference")[0]
         for b, stop in ((0, 90), (1, 8))
     ]
     k, v = k.detach().clone(), v.detach().clone()
     k[1, :, 8:], v[1, :, 8:] = 1e3, -1e3
-    out = causal_attention(q, k, v, positions, scale=0.5, path=path)
+    out = causal_attention(q, k, v, positions, path=path)
     torch.testing.assert_close(out, torch.cat(exact), rtol=1e-12, atol=1e-12)
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
@@ -513,11 +513,11 @@ def test_wrong_arguments_are_refused_with_what_is_wrong():
     q, k, v, compose_k, compose_v, norm_weight = random_problem(2, 6, 16, 4, 2, 3, True)
     for arguments, message in [
         ((q, k, v), "2 key heads for 4 query heads need a composition matrix"),
-        ((q, k, v, compose_v, compose_k), r"key composition is \(3, 4\), not \(2, 4\)"),
+        ((q, k, v, compose_v, compose_k), r"a composition matrix of \(2, 4\), not \(3, 4\)"),
         ((q, k, v, compose_k, compose_v, norm_weight[:2]), r"norm_weight is \(2, 16\), not \(4, 16\)"),
         ((q, k[:, :, :5], v[:, :, :5], compose_k, compose_v), "6 queries but 5 keys"),
         ((q, k.double(), v, compose_k, compose_v), "must have one dtype"),
-        ((q, k, v[..., :8], compose_k, compose_v), "values of shape"),
+        ((q, k, v[..., :8], compose_k, compose_v), r"values \(2, 3, 6, 8\) do not go with queries"),
     ]:
         with pytest.raises(ValueError, match=message):
             mea_attention(*arguments)
@@ -599,6 +599,7 @@ def run_without_interpreter(*command):
 
 COMPILE = """
 import json, sys
+from attention import compose_heads
 from experiments import aot
 for launched in aot.record_launches(aot.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
     row = aot.compile_ahead(sys.argv[1], *launched)
