@@ -18,7 +18,7 @@ Where to mix follows from what must be read:
   and a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
 
 The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that
-prepares it. Scores are kept in units of log 2: the hardware has exp2, not exp.
+prepares it.
 
 `causal_attention` is the same without composition and norm, for every variant. All three know these paths:
 
@@ -59,8 +59,7 @@ log = logging.getLogger(__name__)
 # Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
 # up to a power of two.
 
-
-LOG2_E = constexpr(1.4426950408889634)
+LOG2_E = constexpr(1.4426950408889634)  # scores are kept in units of log 2: the hardware has exp2, not exp
 
 
 @jit
@@ -81,9 +80,8 @@ def store_tile(heads, b, h, start, T, D: constexpr, tile):
     tensor, strides = heads
     rows, columns = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
-    tl.store(
-        tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=(start + rows < T) & (columns < D)
-    )
+    inside = (start + rows < T) & (columns < D)
+    tl.store(tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -254,6 +252,7 @@ def decode_kernel(
     first_component = 0 if compose_k is not None else first_head
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
     component, column = lanes // WIDTH, lanes % WIDTH
+    filled = ((component < VALUES) & (column < D))[None, :]
     scale: constexpr = D**-0.5 * LOG2_E
     # The heads of the one new position are the rows of this tile; surplus rows repeat the last head and are not stored.
     rows_are_heads = q[1][0], 0, q[1][1], q[1][3]
@@ -276,20 +275,14 @@ def decode_kernel(
         row_sum = row_sum * correction + tl.sum(p, 1)
         v_rows = values + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
-        v_tile = tl.load(
-            v_rows + (component * v_strides[1] + column * v_strides[3])[None, :],
-            mask=((component < VALUES) & (column < D))[None, :],
-            other=0.0,
-        )  # (BLOCK_S, BLOCK_V * WIDTH)
+        v_columns = (component * v_strides[1] + column * v_strides[3])[None, :]
+        v_tile = tl.load(v_rows + v_columns, mask=filled, other=0.0)  # (BLOCK_S, BLOCK_V * WIDTH)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])  # sum_s p[h, s] V_c[s], for all c
         row_max = new_max
     row, live = (b * splits + split) * H + heads, (heads < first_head + HEADS) & (heads < H)
     tl.store(lse + row, row_max + tl.log2(row_sum), mask=live)
-    tl.store(
-        partial + row[:, None] * (VALUES * D) + (component * D + column)[None, :],
-        acc / row_sum[:, None],
-        mask=live[:, None] & ((component < VALUES) & (column < D))[None, :],
-    )
+    partial += row[:, None] * (VALUES * D) + (component * D + column)[None, :]
+    tl.store(partial, acc / row_sum[:, None], mask=live[:, None] & filled)
 
 
 @jit
