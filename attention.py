@@ -277,16 +277,15 @@ class TalkingHeads(Attention):
 
     def attend(self, x, q, k, v, positions):
         k, v = (heads.repeat_interleave(self.n_head // self.n_k, dim=1) for heads in (k, v))  # (B, H, S, D)
-        T, S, ragged = q.size(2), k.size(2), positions is not None
-        if not ragged:
+        T, S, outputs = q.size(2), k.size(2), []
+        if positions is None:
             positions = torch.arange(S - T, S, device=q.device)[None]
         attend = self.attend_block
         if T > self.block and torch.is_grad_enabled():
             attend = partial(checkpoint, self.attend_block, use_reentrant=False)
-        outputs = []
         for start in range(0, T, self.block):
             stop = start + self.block
-            seen = S if ragged else S - T + stop  # later keys are masked for the whole block
+            seen = S - T + stop  # no row is longer than S: later keys are masked for the whole block
             outputs.append(attend(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], positions[:, start:stop]))
         return torch.cat(outputs, dim=2)
 

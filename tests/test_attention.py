@@ -271,6 +271,7 @@ def test_talking_heads_in_blocks_is_the_plain_formula(block):
     blocked.block = block
     assert plain.block >= T
     assert_same_function(plain, blocked, [name for name, _ in plain.named_parameters()], inputs())
+    assert_same(*(next_positions(layer, inputs(), [3, 9, 6], 7) for layer in (plain, blocked)))
 
 
 def test_talking_heads_memory_is_linear_in_the_sequence():
