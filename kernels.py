@@ -22,9 +22,9 @@ prepares it.
 
 `causal_attention` is the same without composition and norm, for every variant. All three know these paths:
 
-    triton      the kernels below, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
+    triton      the kernels, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
     sdpa        torch's fused attention
-    blocks      `BlockAttention`: the kernels' loop in ten lines of PyTorch a pass. Read it before the kernels.
+    blocks      `BlockAttention`: the kernels' loop in ten lines of PyTorch a pass
     reference   the formula
     auto        blocks where they were faster on a CPU (`blocks_are_faster`), otherwise torch's fused attention; never
                 triton, whose kernels have not been timed on a GPU
@@ -54,6 +54,202 @@ except ImportError:  # no Triton on this machine: the kernels below are then pla
     triton, tl, constexpr, jit = None, None, float, lambda function: function
 
 log = logging.getLogger(__name__)
+
+# ---- norm, composition, loss ----------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467), reduced in float32.
+
+    `weight` broadcasts against x: a head norm's gain (H, D) fits x (B, T, H, D), and weight[:, None] x (B, H, T, D).
+    """
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = widen(x)
+        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        unit, grad = widen(x) * inverse, widen(grad)
+        grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
+        grad = grad * weight
+        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
+        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
+
+
+def compose(components, weight):
+    """`attention.compose_heads`, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D). Without a weight they are composed."""
+    if weight is None:
+        return components
+    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
+
+    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
+    """
+    x, weight = autocast_inputs(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.cross_entropy(widen(F.linear(x, weight)), targets)
+        return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits, (softmax - one-hot) / N, is known as soon as the loss is: dX and dW are made at once.
+
+    Adding dW piece by piece in float32 also rounds less than one product in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, save):
+        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
+        loss = dw.new_zeros(())
+        pieces = (part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))
+        for rows, wanted, grad in zip(*pieces):
+            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
+            loss -= log_p.gather(-1, wanted).sum()
+            if save:
+                difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
+                torch.mm(difference, weight, out=grad)
+                dw += difference.mT @ rows
+        ctx.save_for_backward(*((dx, dw) if save else ()))
+        ctx.N = len(x)
+        return loss / ctx.N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        grad = grad / ctx.N
+        return dx * grad, (dw * grad).to(dx.dtype), None, None
+
+
+# ---- attention in blocks of queries ---------------------------------------------------------------------------------
+
+BLOCK = 64  # queries in a block
+TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
+KEPT = 512  # keys up to which the weights are kept for the backward pass; beyond, memory is linear in the sequence
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(Q K^T / sqrt(D)) V, causal, each block of queries against the keys up to its end: the kernels in torch.
+
+    q (N, T G, D), k (N, S, D), v (N, S, Dv) -> (N, T G, Dv): at each position, G query heads share one key/value head,
+    as more rows of the same product. `positions` (N, T G), or None for the last T of S. The softmax is computed in
+    float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running maximum.
+    The weights are kept up to KEPT keys and computed again in the backward pass for more.
+
+        P = softmax(Q K^T / sqrt(D))    dP = dY V^T    dS = P (dP - rowsum(P dP)) / sqrt(D)
+        dQ = dS K                       dK = dS^T Q    dV = P^T dY
+
+    With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, positions, G, dropout):
+        ctx.positions, ctx.G, ctx.dropout, ctx.scale = positions, G, dropout, q.size(-1) ** -0.5
+        ctx.blocks, ctx.seed = query_blocks(q, k, positions, G), torch.randint(2**62, ()).item() if dropout else None
+        keep, weights = k.size(1) <= KEPT and any(ctx.needs_input_grad), []
+        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        out, mask = q.new_empty(*q.shape[:2], v.size(-1)), dropout_masks(ctx, q.device)
+        for heads, rows, keys in ctx.blocks:
+            p = block_weights(ctx, q_wide, k_wide, heads, rows, keys)
+            weights += [p.to(q.dtype)] if keep else []
+            p = p * mask(p) if dropout else p
+            out[heads, rows] = p @ v_wide[heads, keys]
+        ctx.save_for_backward(q, k, v, *weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, *weights = ctx.saved_tensors
+        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        dq, mask = torch.empty_like(q), dropout_masks(ctx, q.device)
+        dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
+        with torch.autocast(q.device.type, enabled=False):
+            for i, (heads, rows, keys) in enumerate(ctx.blocks):
+                p = widen(weights[i]) if weights else block_weights(ctx, q_wide, k_wide, heads, rows, keys)
+                g = grad[heads, rows]
+                dp, dropped = widen(g) @ v_wide[heads, keys].mT, p
+                if ctx.dropout:
+                    kept = mask(p)
+                    dp, dropped = dp * kept, p * kept
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # P (dP - rowsum(P dP)), in one pass
+                ds = ds.mul_(ctx.scale).to(q.dtype)
+                dq[heads, rows] = ds @ k[heads, keys]
+                dk[heads, :, keys] += q[heads, rows].mT @ ds
+                dv[heads, :, keys] += g.mT @ dropped.to(q.dtype)
+        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None
+
+
+def query_blocks(q, k, positions, G):
+    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
+    N, T, S = len(q), q.size(1) // G, k.size(1)
+    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
+    stops = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    seen = lambda stop: S - T + stop if positions is None else S
+    blocks = [(slice(start * G, stop * G), slice(seen(stop))) for start, stop in stops]
+    return [(slice(n, n + step), *block) for n in range(0, N, step) for block in blocks]
+
+
+def block_weights(ctx, q, k, heads, rows, keys):
+    """softmax(q k^T), causal, of one block: (heads, M G, keys)."""
+    scores = q[heads, rows] @ k[heads, keys].mT
+    if ctx.positions is None:  # the last M keys are the block's own: only there may a key be later than a query
+        M = scores.size(1) // ctx.G
+        later = torch.full((M, M), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+        scores[..., -M:] += later.repeat_interleave(ctx.G, 0)
+    else:
+        later = torch.arange(scores.size(2), device=k.device) > ctx.positions[heads, rows, None]
+        scores.masked_fill_(later, -torch.inf)
+    return scores.softmax(-1)
+
+
+def dropout_masks(ctx, device):
+    """A function that gives the same sequence of masks, 0 or 1 / (1 - dropout), for the same seed."""
+    generator = torch.Generator(device).manual_seed(ctx.seed) if ctx.dropout else None
+    return lambda p: torch.empty_like(p).bernoulli_(1 - ctx.dropout, generator=generator) / (1 - ctx.dropout)
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blocks_are_faster(q, k, v, positions):
+    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`).
+
+    In training on a CPU, in windows short enough to keep the weights and with enough scores to fill the machine.
+    """
+    (B, H, T, _), S = q.shape, k.size(2)
+    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
+        return False
+    return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
+
+
+def block_attention(q, k, v, positions, dropout):
+    (B, H, T, D), n = q.shape, k.size(1)
+    G = H // n
+    q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
+    k, v = k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
+    if positions is not None:
+        positions = positions.expand(B, T).repeat_interleave(n, 0).repeat_interleave(G, 1)
+    y = BlockAttention.apply(q, k, v, positions, G, dropout)
+    return y.view(B, n, T, G, -1).transpose(2, 3).flatten(1, 2)
+
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
 # Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
@@ -492,202 +688,6 @@ def run_backward(ctx, grad_out, *_):
 
 
 flash.register_autograd(run_backward, setup_context=save_for_backward)
-
-
-# ---- norm, composition, loss ----------------------------------------------------------------------------------------
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467), reduced in float32.
-
-    `weight` broadcasts against x: a head norm's gain (H, D) fits x (B, T, H, D), and weight[:, None] x (B, H, T, D).
-    """
-    if torch.is_grad_enabled():
-        return RMSNormFunction.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = widen(x)
-        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        unit, grad = widen(x) * inverse, widen(grad)
-        grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
-        grad = grad * weight
-        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
-        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
-
-
-def compose(components, weight):
-    """`attention.compose_heads`, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D). Without a weight they are composed."""
-    if weight is None:
-        return components
-    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
-
-
-def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
-
-    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
-    """
-    x, weight = autocast_inputs(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.cross_entropy(widen(F.linear(x, weight)), targets)
-        return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the logits, (softmax - one-hot) / N, is known as soon as the loss is: dX and dW are made at once.
-
-    Adding dW piece by piece in float32 also rounds less than one product in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, save):
-        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
-        loss = dw.new_zeros(())
-        pieces = (part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))
-        for rows, wanted, grad in zip(*pieces):
-            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
-            loss -= log_p.gather(-1, wanted).sum()
-            if save:
-                difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
-                torch.mm(difference, weight, out=grad)
-                dw += difference.mT @ rows
-        ctx.save_for_backward(*((dx, dw) if save else ()))
-        ctx.N = len(x)
-        return loss / ctx.N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        grad = grad / ctx.N
-        return dx * grad, (dw * grad).to(dx.dtype), None, None
-
-
-# ---- attention in blocks of queries ---------------------------------------------------------------------------------
-
-BLOCK = 64  # queries in a block
-TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
-KEPT = 512  # keys up to which the weights are kept for the backward pass; beyond, memory is linear in the sequence
-
-
-class BlockAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(D)) V, causal, each block of queries against the keys up to its end: the kernels in torch.
-
-    q (N, T G, D), k (N, S, D), v (N, S, Dv) -> (N, T G, Dv): at each position, G query heads share one key/value head,
-    as more rows of the same product. `positions` (N, T G), or None for the last T of S. The softmax is computed in
-    float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running maximum.
-    The weights are kept up to KEPT keys and computed again in the backward pass for more.
-
-        P = softmax(Q K^T / sqrt(D))    dP = dY V^T    dS = P (dP - rowsum(P dP)) / sqrt(D)
-        dQ = dS K                       dK = dS^T Q    dV = P^T dY
-
-    With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, positions, G, dropout):
-        ctx.positions, ctx.G, ctx.dropout, ctx.scale = positions, G, dropout, q.size(-1) ** -0.5
-        ctx.blocks, ctx.seed = query_blocks(q, k, positions, G), torch.randint(2**62, ()).item() if dropout else None
-        keep, weights = k.size(1) <= KEPT and any(ctx.needs_input_grad), []
-        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
-        out, mask = q.new_empty(*q.shape[:2], v.size(-1)), dropout_masks(ctx, q.device)
-        for heads, rows, keys in ctx.blocks:
-            p = block_weights(ctx, q_wide, k_wide, heads, rows, keys)
-            weights += [p.to(q.dtype)] if keep else []
-            p = p * mask(p) if dropout else p
-            out[heads, rows] = p @ v_wide[heads, keys]
-        ctx.save_for_backward(q, k, v, *weights)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        q, k, v, *weights = ctx.saved_tensors
-        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
-        dq, mask = torch.empty_like(q), dropout_masks(ctx, q.device)
-        dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
-        with torch.autocast(q.device.type, enabled=False):
-            for i, (heads, rows, keys) in enumerate(ctx.blocks):
-                p = widen(weights[i]) if weights else block_weights(ctx, q_wide, k_wide, heads, rows, keys)
-                g = grad[heads, rows]
-                dp, dropped = widen(g) @ v_wide[heads, keys].mT, p
-                if ctx.dropout:
-                    kept = mask(p)
-                    dp, dropped = dp * kept, p * kept
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # P (dP - rowsum(P dP)), in one pass
-                ds = ds.mul_(ctx.scale).to(q.dtype)
-                dq[heads, rows] = ds @ k[heads, keys]
-                dk[heads, :, keys] += q[heads, rows].mT @ ds
-                dv[heads, :, keys] += g.mT @ dropped.to(q.dtype)
-        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None
-
-
-def query_blocks(q, k, positions, G):
-    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
-    N, T, S = len(q), q.size(1) // G, k.size(1)
-    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
-    stops = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
-    seen = lambda stop: S - T + stop if positions is None else S
-    blocks = [(slice(start * G, stop * G), slice(seen(stop))) for start, stop in stops]
-    return [(slice(n, n + step), *block) for n in range(0, N, step) for block in blocks]
-
-
-def block_weights(ctx, q, k, heads, rows, keys):
-    """softmax(q k^T), causal, of one block: (heads, M G, keys)."""
-    scores = q[heads, rows] @ k[heads, keys].mT
-    if ctx.positions is None:  # the last M keys are the block's own: only there may a key be later than a query
-        M = scores.size(1) // ctx.G
-        later = torch.full((M, M), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-        scores[..., -M:] += later.repeat_interleave(ctx.G, 0)
-    else:
-        later = torch.arange(scores.size(2), device=k.device) > ctx.positions[heads, rows, None]
-        scores.masked_fill_(later, -torch.inf)
-    return scores.softmax(-1)
-
-
-def dropout_masks(ctx, device):
-    """A function that gives the same sequence of masks, 0 or 1 / (1 - dropout), for the same seed."""
-    generator = torch.Generator(device).manual_seed(ctx.seed) if ctx.dropout else None
-    return lambda p: torch.empty_like(p).bernoulli_(1 - ctx.dropout, generator=generator) / (1 - ctx.dropout)
-
-
-def widen(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def blocks_are_faster(q, k, v, positions):
-    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`).
-
-    In training on a CPU, in windows short enough to keep the weights and with enough scores to fill the machine.
-    """
-    (B, H, T, _), S = q.shape, k.size(2)
-    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
-        return False
-    return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
-
-
-def block_attention(q, k, v, positions, dropout):
-    (B, H, T, D), n = q.shape, k.size(1)
-    G = H // n
-    q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
-    k, v = k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
-    if positions is not None:
-        positions = positions.expand(B, T).repeat_interleave(n, 0).repeat_interleave(G, 1)
-    y = BlockAttention.apply(q, k, v, positions, G, dropout)
-    return y.view(B, n, T, G, -1).transpose(2, 3).flatten(1, 2)
 
 
 # ---- the choice of a path -------------------------------------------------------------------------------------------
