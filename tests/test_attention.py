@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import attention as attention_file
+import kernels
 from attention import ATTENTION, MEA, MHA, apply_rope, compose_heads, rms_norm, rope_table
 from model import GPTConfig, KVCache
 
@@ -36,18 +37,16 @@ def assert_same(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def output_and_gradients(layer, names, x):
+    """The output, and the gradients of the input and of the named parameters."""
+    x = x.detach().requires_grad_()
+    y = layer(x, rope(0, x.size(1)))
+    direction = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    return y, *torch.autograd.grad(y, [x, *map(layer.get_parameter, names)], direction)
+
+
 def assert_same_function(first, second, shared, x):
-    """Equal outputs, equal gradients of the input, and equal gradients of the parameters in `shared`."""
-    outputs, gradients = [], []
-    for layer in (first, second):
-        leaf = x.detach().clone().requires_grad_()
-        y = layer(leaf, rope(0, x.size(1)))
-        weights = [leaf] + [layer.get_parameter(name) for name in shared]
-        direction = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-        gradients.append(torch.autograd.grad(y, weights, direction))
-        outputs.append(y)
-    assert_same(*outputs)
-    for a, b in zip(*gradients):
+    for a, b in zip(output_and_gradients(first, shared, x), output_and_gradients(second, shared, x)):
         assert_same(a, b)
 
 
@@ -357,23 +356,22 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
 @pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
 def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
     """What a GPU runs, on the path kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
-    plain, fused = (make("mea", head_norm=norm, n_kv_head=n_kv_head) for _ in range(2))
-    calls, forward = [], fused.forward
+    layer, x, calls = make("mea", head_norm=norm, n_kv_head=n_kv_head), inputs(), []
+    names = [name for name, _ in layer.named_parameters()]
 
-    def fused_forward(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(attention_file, "kernel_is", lambda name: name == "sdpa")
-            return forward(*arguments)
+    def results():
+        cached = in_chunks(layer, x, [9, 1, 1, 6]), next_positions(layer, x, [3, 9, 6], 1)
+        return *output_and_gradients(layer, names, x), *cached
 
-    fused.forward = fused_forward
+    plain = results()
     for name in ("mea_attention", "mea_decode"):
         original = getattr(attention_file, name)
         count = lambda *arguments, original=original, **named: calls.append(1) or original(*arguments, **named)
         monkeypatch.setattr(attention_file, name, count)
-    assert_same_function(plain, fused, [name for name, _ in plain.named_parameters()], inputs())
-    assert_same(in_chunks(fused, inputs(), [9, 1, 1, 6]), plain(inputs(), rope(0, T)))
-    assert len(calls) == 4  # the sequence, a prefill, two single positions; a later chunk needs a mask
-    assert_same(*(next_positions(layer, inputs(), [3, 9, 6], 1) for layer in (plain, fused)))
+    monkeypatch.setattr(kernels, "_kernel", "sdpa")
+    for a, b in zip(results(), plain):
+        assert_same(a, b)
+    assert len(calls) == 6  # the sequence, two prefills, three single positions; a later chunk needs a mask
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
