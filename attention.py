@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
     head_norm_by_default = False  # where config.head_norm is None
     outputs = 1  # heads that go into one output head, which is as many times as wide
-    any_kv_heads = False  # whether n_kv_head may be any number up to n_head; otherwise it divides n_head
+    any_kv_heads = False  # whether n_kv_head may be any number that GPTConfig allows; otherwise it divides n_head
     caches_rotated_keys = True  # False: keys are made from what is cached, by `rebuild_keys`, and rotated when read
     incompressible = ""  # why compress.py cannot halve its cache; None: it can. Not inherited: see below
 
