@@ -20,6 +20,7 @@ test then takes it.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -54,13 +55,11 @@ def rope_table(length, dim, theta=10000.0, frequencies=None):
     sin: see `apply_rope`.
     """
     if frequencies is None:
-        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    else:
-        frequency = torch.tensor(frequencies, dtype=torch.float64)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)[:, None]  # (length, 1, D/2)
-    cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
-    sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
-    return cos.float(), sin.float()
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    positions, frequencies = torch.arange(length, dtype=torch.float64), torch.as_tensor(frequencies).double()
+    angle = torch.outer(positions, frequencies)[:, None]  # (length, 1, D/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, rope):
@@ -85,17 +84,10 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of each head's output by itself, with a gain per head and feature: the paper's GroupNorm (section 4.1).
-
-    (B, T, H, D) -> (B, T, H, D), times a constant `scale`.
-    """
+    """RMSNorm of each head (B, T, H, D) by itself, with a gain (H, D): the paper's GroupNorm (section 4.1)."""
 
     def __init__(self, n_head, head_dim, eps):
         super().__init__((n_head, head_dim), eps)
-        self.scale = 1.0
-
-    def forward(self, x):
-        return super().forward(x) if self.scale == 1 else super().forward(x) * self.scale
 
 
 class Attention(nn.Module):
@@ -110,6 +102,7 @@ class Attention(nn.Module):
 
     head_norm_by_default = False  # where config.head_norm is None
     outputs = 1  # heads that go into one output head, which is as many times as wide
+    any_kv_heads = False  # whether n_kv_head may be any number that GPTConfig allows; otherwise it divides n_head
     caches_rotated_keys = True  # False: keys are made from what is cached, by `rebuild_keys`, and rotated when read
     incompressible = ""  # why compress.py cannot halve its cache; None: it can. Not inherited: see below
 
@@ -128,15 +121,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.n_k * config.cached_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.n_embd, self.n_v * config.cached_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
         wide = self.n_head // self.outputs, self.head_dim * self.outputs
         self.head_norm = HeadNorm(*wide, config.norm_eps) if config.head_norm else nn.Identity()
 
     @classmethod
     def check_heads(cls, n_head, n_k, n_v):
         """Raise ValueError for numbers of query, key and value heads that the variant cannot have."""
-        if n_k != n_v or n_head % n_k:
+        if not cls.any_kv_heads and (n_k != n_v or n_head % n_k):
             shown = n_k if n_k == n_v else (n_k, n_v)
             raise ValueError(f"n_kv_head {shown} must divide n_head {n_head} for {cls.__name__} (mea takes any)")
 
@@ -178,8 +172,7 @@ class Attention(nn.Module):
         return self.head_norm(self.attend(x, q, k, v, positions).transpose(1, 2))
 
     def attend(self, x, q, k, v, positions):
-        """Rotated queries (B, H, T, D), all keys (B, n_k, S, D) and values (B, n_v, S, D) so far -> outputs (B, H, T,
-        D).
+        """Rotated queries (B, H, T, D), all keys (B, n_k, S, D) and values (B, n_v, S, D) -> outputs (B, H, T, D).
 
         `positions` (B, T) where rows differ in length, otherwise None; `x` (B, T, C) for a gate computed from it.
         """
@@ -224,7 +217,6 @@ class DFA(Attention):
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.randn(self.head_dim) * 0.1) for _ in range(4)
         )
-        self.head_norm.scale = 1 - self.lambda_init
 
     @classmethod
     def check_heads(cls, n_head, n_k, n_v):
@@ -245,6 +237,10 @@ class DFA(Attention):
         v = v.transpose(1, 2).unflatten(2, (-1, 2)).flatten(3).transpose(1, 2)  # neighbours joined: (B, n/2, S, 2D)
         first, second = (causal_attention(q[:, i::2], k[:, i::2], v, positions, self.drop) for i in (0, 1))
         return first - self.lambda_now().to(first.dtype) * second  # (B, H/2, T, 2D)
+
+    def normed_heads(self, *operands):
+        y = super().normed_heads(*operands)
+        return y * (1 - self.lambda_init) if self.config.head_norm else y
 
 
 class TalkingHeads(Attention):
@@ -271,9 +267,8 @@ class TalkingHeads(Attention):
 
     def attend_block(self, q, k, v, positions):
         """q (B, H, T, D), k and v (B, H, S, D), positions of the queries (1 or B, T): the formula as it stands."""
-        mask = causal_mask(
-            q.size(2), k.size(2), positions
-        )  # (1 or B, 1, T, S); made here so that it is recomputed, too
+        # The mask is made here, so that the backward makes it again instead of keeping it: (1 or B, 1, T, S).
+        mask = causal_mask(q.size(2), k.size(2), positions)
         logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
         logits = compose_heads(logits, self.mix_logits)  # the same mix of heads, of scores instead of keys
         logits = logits.masked_fill(~mask, -math.inf)  # after the mix: mixing -inf would give NaN
@@ -283,18 +278,15 @@ class TalkingHeads(Attention):
     def attend(self, x, q, k, v, positions):
         k, v = (heads.repeat_interleave(self.n_head // self.n_k, dim=1) for heads in (k, v))  # (B, H, S, D)
         T, S, outputs = q.size(2), k.size(2), []
+        if positions is None:
+            positions = torch.arange(S - T, S, device=q.device)[None]
+        attend = self.attend_block
+        if T > self.block and torch.is_grad_enabled():
+            attend = partial(checkpoint, self.attend_block, use_reentrant=False)
         for start in range(0, T, self.block):
-            stop = min(start + self.block, T)
-            seen = S if positions is not None else S - T + stop  # later keys are masked for the whole block
-            if positions is None:
-                query_positions = torch.arange(seen - (stop - start), seen, device=q.device)[None]
-            else:
-                query_positions = positions[:, start:stop]
-            operands = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], query_positions
-            if T > self.block and torch.is_grad_enabled():
-                outputs.append(checkpoint(self.attend_block, *operands, use_reentrant=False))
-            else:
-                outputs.append(self.attend_block(*operands))
+            stop = start + self.block
+            seen = S - T + stop  # no row is longer than S: later keys are masked for the whole block
+            outputs.append(attend(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], positions[:, start:stop]))
         return torch.cat(outputs, dim=2)
 
 
@@ -319,23 +311,17 @@ class MEA(Attention):
     """
 
     head_norm_by_default = True
+    any_kv_heads = True
     incompressible = None
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         self.form = config.mea_form
+        diagonal = config.compose == "diagonal"
         self.compose_k, self.compose_v = (
-            nn.Parameter(
-                torch.ones(self.n_head) if config.compose == "diagonal" else one_hot_composition(n, self.n_head)
-            )
+            nn.Parameter(torch.ones(self.n_head) if diagonal else one_hot_composition(n, self.n_head))
             for n in (self.n_k, self.n_v)
         )
-
-    @classmethod
-    def check_heads(cls, n_head, n_k, n_v):
-        if not (1 <= n_k <= n_head and 1 <= n_v <= n_head):
-            shown = n_k if n_k == n_v else (n_k, n_v)
-            raise ValueError(f"n_kv_head must be between 1 and n_head {n_head}, not {shown}")
 
     @classmethod
     def flops_per_token(cls, config, layer, T):
@@ -371,8 +357,8 @@ class MEA(Attention):
         return "absorb" if T == 1 else "compose"
 
     def normed_heads(self, x, q, k, v, positions):
-        T, S, form = q.size(2), k.size(2), self.choose_form(q.size(2))
-        whole_sequence = T == S and positions is None and form != "absorb"
+        T, form = q.size(2), self.choose_form(q.size(2))
+        whole_sequence = T == k.size(2) and positions is None and form != "absorb"
         one_query = T == 1 and form != "compose"
         if kernel_is("auto") or self.drop or not (whole_sequence or one_query):
             return super().normed_heads(x, q, k, v, positions)
@@ -390,8 +376,8 @@ class MEA(Attention):
         if self.choose_form(x.size(1)) != "fold":
             return super().project(x, cache)
         if cache is not None and min(self.n_k, self.n_v) < self.n_head:
-            held = f"{self.n_head} composed heads, and this cache has {self.n_k} and {self.n_v}"
-            raise ValueError(f"form 'fold' caches {held}: use 'absorb'")
+            here = f"{self.n_head} composed heads, and this cache has {self.n_k} and {self.n_v}"
+            raise ValueError(f"mea_form 'fold' caches {here}: use 'absorb'")
         if cache is None:
             folded = self.folded()
         else:
@@ -399,44 +385,36 @@ class MEA(Attention):
         return tuple(F.linear(x, weight, bias) for weight, bias in folded)
 
     def folded(self):
-        """(weight, bias) of k_proj and of v_proj with their compositions folded in (eq. 18): (H*D, C) and (H*D) or
-        None.
+        """(weight (H*D, C), bias (H*D) or None) of k_proj and of v_proj with their compositions folded in (eq. 18).
 
-        Raises ValueError with QK-norm, which stands between the two.
+        Raises ValueError with QK-norm.
         """
         if self.config.qk_norm:
-            why = "QK-norm stands between the projection and the composition of keys"
-            raise ValueError(f"{why}: they do not fold into one")
+            raise ValueError("QK-norm stands between the projection and the composition of keys: they do not fold")
 
-        def fold(rows, w):  # (Hc*D, any), (Hc, H) -> (H*D, any)
-            return (w.t() @ rows.view(len(w), -1)).view(self.n_head * self.head_dim, -1)
+        def fold(rows, w):  # (Hc*D, C) or (Hc*D), (Hc, H) -> (H*D, C) or (H*D)
+            return None if rows is None else (w.t() @ rows.view(len(w), -1)).view(-1, *rows.shape[1:])
 
-        return tuple(
-            (fold(projection.weight, w), None if projection.bias is None else fold(projection.bias, w).view(-1))
-            for projection, w in zip((self.k_proj, self.v_proj), self.compositions())
-        )
+        projections = zip((self.k_proj, self.v_proj), self.compositions())
+        return [(fold(projection.weight, w), fold(projection.bias, w)) for projection, w in projections]
 
     @torch.no_grad()
     def fold(self):
         """The equal `MHA` (with the same head norm): inference at exactly its cost.
 
-        Raises ValueError unless n_k == n_v == H and every parameter is one that MHA has or that folds into it.
+        Raises ValueError unless n_k == n_v == H, and for a subclass, which may do more than the two know of.
         """
+        if type(self) is not MEA:
+            raise ValueError(f"{type(self).__name__} does not fold into MHA: it may do more than MEA")
         if not self.n_k == self.n_v == self.n_head:
             counts = f"{self.n_k} and {self.n_v} for {self.n_head} heads"
             raise ValueError(f"only a full set of components folds into MHA: {counts}")
         equal = MHA(self.config, self.layer).to(self.q_proj.weight)
-        kept = {name: w for name, w in self.state_dict().items() if name not in ("compose_k", "compose_v")}
-        if type(self) is not MEA or kept.keys() != equal.state_dict().keys():
-            extra = sorted(kept.keys() - equal.state_dict().keys())
-            raise ValueError(
-                f"{type(self).__name__} does not fold into MHA: it may do more with {extra or 'its heads'}"
-            )
-        for name, (weight, bias) in zip(("k_proj", "v_proj"), self.folded()):
-            kept[f"{name}.weight"] = weight
+        equal.load_state_dict(self.state_dict(), strict=False)  # all but the compositions, which fold
+        for projection, (weight, bias) in zip((equal.k_proj, equal.v_proj), self.folded()):
+            projection.weight.copy_(weight)
             if bias is not None:
-                kept[f"{name}.bias"] = bias
-        equal.load_state_dict(kept)
+                projection.bias.copy_(bias)
         return equal
 
 
@@ -453,6 +431,7 @@ class Latent(Attention):
     """
 
     caches_rotated_keys = False
+    any_kv_heads = True
     incompressible = "what it caches is compressed already"
 
     def __init__(self, config, layer=0):
@@ -465,13 +444,8 @@ class Latent(Attention):
         if config.latent_rotated:
             self.register_buffer("pairs", torch.arange(self.n_k * config.cached_dim // 2) % (self.head_dim // 2))
 
-    @classmethod
-    def check_heads(cls, n_head, n_k, n_v):
-        """Any sizes that `GPTConfig` allows."""
-
     def rotate_keys(self, k, rope):
-        """c_k (B, T, n_k, W), one wide head: number j and the one half the width behind it turn by frequency
-        pairs[j]."""
+        """c_k (B, T, n_k, W), one wide head: j and what stands half the width behind it turn by frequency pairs[j]."""
         columns = torch.cat((self.pairs, self.pairs + self.head_dim // 2))
         return apply_rope(k.flatten(2).unsqueeze(2), tuple(table[..., columns] for table in rope)).view_as(k)
 
@@ -500,8 +474,7 @@ class Latent(Attention):
 
 
 def one_hot_composition(n_component, n_head):
-    """(Hc, H) whose column h picks component h * Hc // H: the identity for Hc == H, otherwise grouped-query
-    attention."""
+    """(Hc, H) whose column h picks component h * Hc // H: the identity for Hc == H, else grouped-query attention."""
     return F.one_hot(torch.arange(n_head) * n_component // n_head, n_component).float().T.contiguous()
 
 
@@ -510,30 +483,22 @@ ATTENTION = {"mha": MHA, "tha": TalkingHeads, "dfa": DFA, "mea": MEA, "latent": 
 
 def main():
     """What each variant costs on a small example, in one table."""
-    import time
+    from torch.utils.benchmark import Timer
 
     from model import GPTConfig
 
     torch.manual_seed(0)
     B, T, H, D = 4, 256, 8, 32
-    rope = rope_table(T, D)
-    threads = torch.get_num_threads()
-    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, {threads} CPU threads, median of 9\n")
+    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, one CPU thread, medians\n")
     print(f"{'variant':<16}{'parameters':>12}{'cached bytes/token':>20}{'forward ms':>12}{'+ backward ms':>15}")
     for name, n_kv in [*((name, H) for name in ATTENTION), ("mha", H // 2), ("mea", H // 2)]:
         config = GPTConfig(vocab_size=2, n_layer=1, n_embd=H * D, n_head=H, n_kv_head=n_kv, attention=name)
         layer = ATTENTION[name](config)
-        x = torch.randn(B, T, H * D, requires_grad=True)
-        forward, backward = [], []
-        for _ in range(10):
-            started = time.perf_counter()
-            y = layer(x, rope)
-            forward.append(time.perf_counter() - started)
-            y.sum().backward()
-            backward.append(time.perf_counter() - started)
+        given = dict(layer=layer, rope=rope_table(T, D), x=torch.randn(B, T, H * D, requires_grad=True))
+        steps = Timer("y = layer(x, rope)", globals=given), Timer("layer(x, rope).sum().backward()", globals=given)
+        first, both = (1e3 * step.blocked_autorange(min_run_time=0.3).median for step in steps)
         title = f"{name}, {n_kv} of {H} kv" if n_kv < H else name
         parameters = sum(p.numel() for p in layer.parameters())
-        first, both = (1e3 * sorted(seconds[1:])[4] for seconds in (forward, backward))  # the first call warms up
         print(f"{title:<16}{parameters:>12,}{config.kv_bytes_per_token():>20,}{first:>12.1f}{both:>15.1f}")
 
 

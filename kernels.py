@@ -18,14 +18,13 @@ Where to mix follows from what must be read:
   and a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
 
 The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that
-prepares it. Scores are kept in units of log 2: the hardware has exp2, not exp.
+prepares it.
 
 `causal_attention` is the same without composition and norm, for every variant. All three know these paths:
 
-    triton      the kernels below, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
+    triton      the kernels, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
     sdpa        torch's fused attention
-    blocks      `BlockAttention`: blocks of queries in plain matmuls, the kernels' loop in ten lines of PyTorch a pass.
-                Read it before the kernels.
+    blocks      `BlockAttention`: the kernels' loop in ten lines of PyTorch a pass
     reference   the formula
     auto        blocks where they were faster on a CPU (`blocks_are_faster`), otherwise torch's fused attention; never
                 triton, whose kernels have not been timed on a GPU
@@ -38,29 +37,225 @@ Read next: attention.py; experiments/aot.py compiles the kernels for GPUs that n
 
 import argparse
 import functools
+import itertools
 import logging
 import statistics
 import time
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton import jit
     from triton.language import constexpr
-
-    jit = triton.jit
 except ImportError:  # no Triton on this machine: the kernels below are then plain functions that nothing calls
-    triton, tl, constexpr, jit = None, None, int, lambda function: function
+    triton, tl, constexpr, jit = None, None, float, lambda function: function
 
 log = logging.getLogger(__name__)
+
+# ---- norm, composition, loss ----------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467), reduced in float32.
+
+    `weight` broadcasts against x: a head norm's gain (H, D) fits x (B, T, H, D), and weight[:, None] x (B, H, T, D).
+    """
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = widen(x)
+        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        unit, grad = widen(x) * inverse, widen(grad)
+        grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
+        grad = grad * weight
+        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
+        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
+
+
+def compose(components, weight):
+    """`attention.compose_heads`, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D). Without a weight they are composed."""
+    if weight is None:
+        return components
+    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
+
+    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
+    """
+    x, weight = autocast_inputs(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.cross_entropy(widen(F.linear(x, weight)), targets)
+        return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits, (softmax - one-hot) / N, is known as soon as the loss is: dX and dW are made at once.
+
+    Adding dW piece by piece in float32 also rounds less than one product in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, save):
+        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
+        loss = dw.new_zeros(())
+        pieces = (part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))
+        for rows, wanted, grad in zip(*pieces):
+            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
+            loss -= log_p.gather(-1, wanted).sum()
+            if save:
+                difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
+                torch.mm(difference, weight, out=grad)
+                dw += difference.mT @ rows
+        ctx.save_for_backward(*((dx, dw) if save else ()))
+        ctx.N = len(x)
+        return loss / ctx.N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        grad = grad / ctx.N
+        return dx * grad, (dw * grad).to(dx.dtype), None, None
+
+
+# ---- attention in blocks of queries ---------------------------------------------------------------------------------
+
+BLOCK = 64  # queries in a block
+TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
+KEPT = 512  # keys up to which the weights are kept for the backward pass; beyond, memory is linear in the sequence
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(Q K^T / sqrt(D)) V, causal, each block of queries against the keys up to its end: the kernels in torch.
+
+    q (N, T G, D), k (N, S, D), v (N, S, Dv) -> (N, T G, Dv): at each position, G query heads share one key/value head,
+    as more rows of the same product. `positions` (N, T G), or None for the last T of S. The softmax is computed in
+    float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running maximum.
+    The weights are kept up to KEPT keys and computed again in the backward pass for more.
+
+        P = softmax(Q K^T / sqrt(D))    dP = dY V^T    dS = P (dP - rowsum(P dP)) / sqrt(D)
+        dQ = dS K                       dK = dS^T Q    dV = P^T dY
+
+    With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, positions, G, dropout):
+        ctx.positions, ctx.G, ctx.dropout, ctx.scale = positions, G, dropout, q.size(-1) ** -0.5
+        ctx.blocks, ctx.seed = query_blocks(q, k, positions, G), torch.randint(2**62, ()).item() if dropout else None
+        keep, weights = k.size(1) <= KEPT and any(ctx.needs_input_grad), []
+        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        out, mask = q.new_empty(*q.shape[:2], v.size(-1)), dropout_masks(ctx, q.device)
+        for heads, rows, keys in ctx.blocks:
+            p = block_weights(ctx, q_wide, k_wide, heads, rows, keys)
+            weights += [p.to(q.dtype)] if keep else []
+            p = p * mask(p) if dropout else p
+            out[heads, rows] = p @ v_wide[heads, keys]
+        ctx.save_for_backward(q, k, v, *weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, *weights = ctx.saved_tensors
+        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        dq, mask = torch.empty_like(q), dropout_masks(ctx, q.device)
+        dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
+        with torch.autocast(q.device.type, enabled=False):
+            for i, (heads, rows, keys) in enumerate(ctx.blocks):
+                p = widen(weights[i]) if weights else block_weights(ctx, q_wide, k_wide, heads, rows, keys)
+                g = grad[heads, rows]
+                dp, dropped = widen(g) @ v_wide[heads, keys].mT, p
+                if ctx.dropout:
+                    kept = mask(p)
+                    dp, dropped = dp * kept, p * kept
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # P (dP - rowsum(P dP)), in one pass
+                ds = ds.mul_(ctx.scale).to(q.dtype)
+                dq[heads, rows] = ds @ k[heads, keys]
+                dk[heads, :, keys] += q[heads, rows].mT @ ds
+                dv[heads, :, keys] += g.mT @ dropped.to(q.dtype)
+        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None
+
+
+def query_blocks(q, k, positions, G):
+    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
+    N, T, S = len(q), q.size(1) // G, k.size(1)
+    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
+    stops = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    seen = lambda stop: S - T + stop if positions is None else S
+    blocks = [(slice(start * G, stop * G), slice(seen(stop))) for start, stop in stops]
+    return [(slice(n, n + step), *block) for n in range(0, N, step) for block in blocks]
+
+
+def block_weights(ctx, q, k, heads, rows, keys):
+    """softmax(q k^T), causal, of one block: (heads, M G, keys)."""
+    scores = q[heads, rows] @ k[heads, keys].mT
+    if ctx.positions is None:  # the last M keys are the block's own: only there may a key be later than a query
+        M = scores.size(1) // ctx.G
+        later = torch.full((M, M), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+        scores[..., -M:] += later.repeat_interleave(ctx.G, 0)
+    else:
+        later = torch.arange(scores.size(2), device=k.device) > ctx.positions[heads, rows, None]
+        scores.masked_fill_(later, -torch.inf)
+    return scores.softmax(-1)
+
+
+def dropout_masks(ctx, device):
+    """A function that gives the same sequence of masks, 0 or 1 / (1 - dropout), for the same seed."""
+    generator = torch.Generator(device).manual_seed(ctx.seed) if ctx.dropout else None
+    return lambda p: torch.empty_like(p).bernoulli_(1 - ctx.dropout, generator=generator) / (1 - ctx.dropout)
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blocks_are_faster(q, k, v, positions):
+    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`).
+
+    In training on a CPU, in windows short enough to keep the weights and with enough scores to fill the machine.
+    """
+    (B, H, T, _), S = q.shape, k.size(2)
+    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
+        return False
+    return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
+
+
+def block_attention(q, k, v, positions, dropout):
+    (B, H, T, D), n = q.shape, k.size(1)
+    G = H // n
+    q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
+    k, v = k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
+    if positions is not None:
+        positions = positions.expand(B, T).repeat_interleave(n, 0).repeat_interleave(G, 1)
+    y = BlockAttention.apply(q, k, v, positions, G, dropout)
+    return y.view(B, n, T, G, -1).transpose(2, 3).flatten(1, 2)
+
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
 # Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
 # up to a power of two.
+
+LOG2_E = constexpr(1.4426950408889634)  # scores are kept in units of log 2: the hardware has exp2, not exp
 
 
 @jit
@@ -81,9 +276,8 @@ def store_tile(heads, b, h, start, T, D: constexpr, tile):
     tensor, strides = heads
     rows, columns = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
-    tl.store(
-        tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=(start + rows < T) & (columns < D)
-    )
+    inside = (start + rows < T) & (columns < D)
+    tl.store(tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -104,7 +298,7 @@ def forward_kernel(
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last rows have the most keys: start them first
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
-    scale: constexpr = D**-0.5 * 1.4426950408889634  # log2(e) / sqrt(D)
+    scale: constexpr = D**-0.5 * LOG2_E
     q_tile = load_tile(q, b, h, first, T, D, BLOCK_M, WIDTH)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -172,15 +366,13 @@ def backward_dkdv_kernel(
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for DIAGONAL in tl.static_range(1, -1, -1):
-        for start in range(
-            first + BLOCK_N * (1 - DIAGONAL), tl.minimum(first + BLOCK_N, T) if DIAGONAL else T, BLOCK_M
-        ):
+        stop = tl.minimum(first + BLOCK_N, T) if DIAGONAL else T
+        for start in range(first + BLOCK_N * (1 - DIAGONAL), stop, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             q_tile = load_tile(q, b, h, start, T, D, BLOCK_M, WIDTH)
             row_lse = tl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))  # so p = 0 past T
-            p = tl.exp2(
-                tl.dot(k_tile, tl.trans(q_tile)) * (scale * 1.4426950408889634) - row_lse[None, :]
-            )  # (BLOCK_N, BLOCK_M)
+            scores = tl.dot(k_tile, tl.trans(q_tile))  # (BLOCK_N, BLOCK_M)
+            p = tl.exp2(scores * (scale * LOG2_E) - row_lse[None, :])
             if DIAGONAL:
                 p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
             grad_tile = load_tile(grad, b, h, start, T, D, BLOCK_M, WIDTH)
@@ -210,7 +402,8 @@ def backward_dq_kernel(
         for start in range(first * DIAGONAL, tl.minimum(first + BLOCK_M * DIAGONAL, T), BLOCK_N):
             k_tile = load_tile(k, b, h, start, T, D, BLOCK_N, WIDTH)
             v_tile = load_tile(v, b, h, start, T, D, BLOCK_N, WIDTH)
-            p = tl.exp2(tl.dot(q_tile, tl.trans(k_tile)) * (scale * 1.4426950408889634) - row_lse)  # (BLOCK_M, BLOCK_N)
+            scores = tl.dot(q_tile, tl.trans(k_tile))  # (BLOCK_M, BLOCK_N)
+            p = tl.exp2(scores * (scale * LOG2_E) - row_lse)
             if DIAGONAL:
                 p = tl.where(rows[:, None] >= start + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
             ds = p * (tl.dot(grad_tile, tl.trans(v_tile)) - row_delta)
@@ -251,10 +444,12 @@ def decode_kernel(
     if split * chunk >= length:
         return
     first_head, heads = tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + tl.arange(0, BLOCK_H)
-    first_component, v_strides = 0 if compose_k is not None else first_head, v[1]
+    values, v_strides = v
+    first_component = 0 if compose_k is not None else first_head
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
     component, column = lanes // WIDTH, lanes % WIDTH
-    scale: constexpr = D**-0.5 * 1.4426950408889634
+    filled = ((component < VALUES) & (column < D))[None, :]
+    scale: constexpr = D**-0.5 * LOG2_E
     # The heads of the one new position are the rows of this tile; surplus rows repeat the last head and are not stored.
     rows_are_heads = q[1][0], 0, q[1][1], q[1][3]
     q_tile = load_tile((q[0], rows_are_heads), b, 0, first_head, H, D, BLOCK_H, WIDTH)
@@ -274,22 +469,16 @@ def decode_kernel(
         p = tl.exp2(scores - new_max[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(p, 1)
-        v_rows = v[0] + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+        v_rows = values + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
-        v_tile = tl.load(
-            v_rows + (component * v_strides[1] + column * v_strides[3])[None, :],
-            mask=((component < VALUES) & (column < D))[None, :],
-            other=0.0,
-        )  # (BLOCK_S, BLOCK_V * WIDTH)
+        v_columns = (component * v_strides[1] + column * v_strides[3])[None, :]
+        v_tile = tl.load(v_rows + v_columns, mask=filled, other=0.0)  # (BLOCK_S, BLOCK_V * WIDTH)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])  # sum_s p[h, s] V_c[s], for all c
         row_max = new_max
     row, live = (b * splits + split) * H + heads, (heads < first_head + HEADS) & (heads < H)
     tl.store(lse + row, row_max + tl.log2(row_sum), mask=live)
-    tl.store(
-        partial + row[:, None] * (VALUES * D) + (component * D + column)[None, :],
-        acc / row_sum[:, None],
-        mask=live[:, None] & ((component < VALUES) & (column < D))[None, :],
-    )
+    partial += row[:, None] * (VALUES * D) + (component * D + column)[None, :]
+    tl.store(partial, acc / row_sum[:, None], mask=live[:, None] & filled)
 
 
 @jit
@@ -313,9 +502,7 @@ def combine_kernel(
     h, b = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     length = S if lengths is None else tl.load(lengths + b).to(tl.int32)
     splits, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    live = (
-        splits * tl.cdiv(tl.cdiv(length, BLOCK_S), SPLITS) * BLOCK_S < length
-    )  # the others had no keys and wrote nothing
+    live = splits * tl.cdiv(tl.cdiv(length, BLOCK_S), SPLITS) * BLOCK_S < length  # the others wrote nothing
     row = (b * SPLITS + splits) * H + h
     split_lse = tl.load(lse + row, mask=live, other=float("-inf"))
     weights = tl.exp2(split_lse - tl.max(split_lse, 0))
@@ -339,7 +526,7 @@ def next_power_of_2(n):
 
 
 def launch(kernel, grid, first, *others, **options):
-    with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+    with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):  # it may not be the current one
         kernel[grid](first, *others, **options)
 
 
@@ -349,21 +536,18 @@ def device_limits(device):
     if device.type != "cuda":  # the interpreter: as if on an H100
         return 227 * 1024, 132
     properties = torch.cuda.get_device_properties(device)
-    return getattr(
-        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
-    ), properties.multi_processor_count
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return shared, properties.multi_processor_count
 
 
 def tile_options(kernel, q):
     """Tile, warps and pipeline stages of a prefill kernel: such as experiments/aot.py compiles without spills."""
     D, shared = q.shape[-1], device_limits(q.device)[0]
     width = max(16, next_power_of_2(D))
-    if q.dtype == torch.float32:
-        tiles = (
-            ((64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2))
-            if width <= 64
-            else ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))
-        )
+    if q.dtype == torch.float32 and width <= 64:
+        tiles = (64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)
+    elif q.dtype == torch.float32:
+        tiles = (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)
     elif width <= 64:
         tiles = (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)
     elif shared >= 200 * 1024:  # H100, B200
@@ -392,9 +576,7 @@ def empty_like_heads(q):
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, gain: Optional[Tensor], eps: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def flash_forward(q, k, v, gain, eps, save):
     """Output, the output before the norm (empty unless `save` and there is a norm), log2-sum-exp2 (B, H, T)."""
     B, H, T, D = q.shape
     gain = contiguous(gain)
@@ -406,16 +588,7 @@ def flash_forward(
     return out, q.new_empty(0) if pre_norm is None else pre_norm, log_sum_exp
 
 
-def flash_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gain: Optional[Tensor],
-    pre_norm: Tensor,
-    log_sum_exp: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def flash_backward(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
     """Gradients of q, k, v and gain (the last one empty without a norm)."""
     B, H, T, D = q.shape
     gain = contiguous(gain)
@@ -423,11 +596,9 @@ def flash_backward(
     grad = grad_out if gain is None else empty_like_heads(q)
     options = dict(D=D, WIDTH=tile_options(forward_kernel, q)["WIDTH"], BLOCK_M=32)
     blocks = triton.cdiv(T, options["BLOCK_M"])
-    grad_gain = q.new_empty(B, blocks, H, D, dtype=torch.float32) if gain is not None else None
-    heads = map(strided, (pre_norm, grad_out))
-    launch(
-        backward_prepare_kernel, (blocks, B * H), *heads, gain, strided(grad), delta, grad_gain, H, T, eps, **options
-    )
+    grad_gain = None if gain is None else q.new_empty(B, blocks, H, D, dtype=torch.float32)
+    inputs = strided(pre_norm), strided(grad_out), gain, strided(grad)
+    launch(backward_prepare_kernel, (blocks, B * H), *inputs, delta, grad_gain, H, T, eps, **options)
     inputs = *map(strided, (q, k, v, grad)), log_sum_exp, delta
     for kernel, outputs, block in ((backward_dkdv_kernel, (dk, dv), "BLOCK_N"), (backward_dq_kernel, (dq,), "BLOCK_M")):
         options = tile_options(kernel, q)
@@ -436,46 +607,25 @@ def flash_backward(
     return dq, dk, dv, q.new_empty(0) if gain is None else grad_gain.sum((0, 1)).to(gain.dtype)
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
 def decode_options(device, itemsize, H, n_k, n_v, D, composed):
-    """Block sizes of the decode kernel, or None where it does not fit.
-
-    Accumulators must stay in registers, and a block of keys in shared memory.
-    """
-    width, keys, values = max(16, next_power_of_2(D)), n_k if composed else 1, n_v if composed else 1
+    """Sizes of the decode kernel, or None where its accumulators or a block of keys would not fit one program."""
+    heads, keys, values = (H, n_k, n_v) if composed else (1, 1, 1)
+    width = max(16, next_power_of_2(D))
     lanes = next_power_of_2(values) * width
-    block_h = (
-        max(16, min(next_power_of_2(H), 64, 32768 // itemsize // lanes)) if composed else 16
-    )  # tl.dot needs 16 rows
+    block_h = max(16, min(next_power_of_2(heads), 64, 32768 // itemsize // lanes))  # tl.dot needs 16 rows
     bytes_per_key = (keys * width + lanes) * itemsize
     room = device_limits(device)[0] - 8192 - block_h * width * itemsize
     preferred = 64 if lanes <= 128 else 32 if lanes <= 512 else 16
     block_s = next((size for size in (64, 32, 16) if size <= preferred and size * bytes_per_key <= room), None)
     if block_s is None or lanes * itemsize > 4096:
         return None
-    return dict(
-        D=D,
-        WIDTH=width,
-        HEADS=block_h if composed else 1,
-        KEYS=keys,
-        VALUES=values,
-        BLOCK_H=block_h,
-        BLOCK_V=lanes // width,
-        BLOCK_S=block_s,
-        num_warps=4 if block_h * lanes <= 8192 else 8,
-        num_stages=2,
-    )
+    sizes = dict(D=D, WIDTH=width, HEADS=min(heads, block_h), KEYS=keys, VALUES=values)
+    sizes |= dict(BLOCK_H=block_h, BLOCK_V=lanes // width, BLOCK_S=block_s)
+    return dict(**sizes, num_warps=4 if block_h * lanes <= 8192 else 8, num_stages=2)
 
 
-def decode_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    compose_k: Optional[Tensor],
-    compose_v: Optional[Tensor],
-    gain: Optional[Tensor],
-    lengths: Optional[Tensor],
-    eps: float,
-) -> Tensor:
+def decode_forward(q, k, v, compose_k, compose_v, gain, lengths, eps):
     B, H, _, D = q.shape
     S, composed = k.shape[2], compose_k is not None
     compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
@@ -493,9 +643,19 @@ def decode_forward(
 
 
 # The operators that autograd and torch.compile see. Each is opaque to them; the fake version states shapes and strides.
-flash = torch.library.custom_op("nanomea::flash", flash_forward, mutates_args=())
-flash_grad = torch.library.custom_op("nanomea::flash_grad", flash_backward, mutates_args=())
-decode = torch.library.custom_op("nanomea::decode", decode_forward, mutates_args=())
+
+
+SIGNATURES = {
+    flash_forward: "(Tensor q, Tensor k, Tensor v, Tensor? gain, float eps, bool save) -> (Tensor, Tensor, Tensor)",
+    flash_backward: "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor pre_norm, "
+    "Tensor log_sum_exp, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    decode_forward: "(Tensor q, Tensor k, Tensor v, Tensor? compose_k, Tensor? compose_v, Tensor? gain, "
+    "Tensor? lengths, float eps) -> Tensor",
+}
+flash, flash_grad, decode = (
+    torch.library.custom_op(f"nanomea::{function.__name__}", function, mutates_args=(), schema=signature)
+    for function, signature in SIGNATURES.items()
+)
 
 
 @flash.register_fake
@@ -506,12 +666,8 @@ def _(q, k, v, gain, eps, save):
 
 @flash_grad.register_fake
 def _(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
-    return (
-        empty_like_heads(q),
-        empty_like_heads(q),
-        empty_like_heads(q),
-        q.new_empty(0) if gain is None else gain.new_empty(gain.shape),
-    )
+    grad_gain = q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
+    return empty_like_heads(q), empty_like_heads(q), empty_like_heads(q), grad_gain
 
 
 @decode.register_fake
@@ -519,213 +675,19 @@ def _(q, k, v, compose_k, compose_v, gain, lengths, eps):
     return q.new_empty(q.shape)
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     q, k, v, gain, ctx.eps, _ = inputs
     out, pre_norm, log_sum_exp = output
     ctx.save_for_backward(q, k, v, gain, out if gain is None else pre_norm, log_sum_exp)
 
 
-def _backward(ctx, grad_out, *_):
+def run_backward(ctx, grad_out, *_):
     q, k, v, gain, pre_norm, log_sum_exp = ctx.saved_tensors
     dq, dk, dv, grad_gain = flash_grad(grad_out, q, k, v, gain, pre_norm, log_sum_exp, ctx.eps)
-    return dq, dk, dv, grad_gain if gain is not None else None, None, None
+    return dq, dk, dv, None if gain is None else grad_gain, None, None
 
 
-flash.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-# ---- norm, composition, loss ----------------------------------------------------------------------------------------
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467), reduced in float32.
-
-    `weight` broadcasts against x: a head norm's gain (H, D) fits x (B, T, H, D), and weight[:, None] x (B, H, T, D).
-    """
-    if torch.is_grad_enabled():
-        return RMSNormFunction.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = widen(x)
-        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        unit, grad = widen(x) * inverse, widen(grad)
-        grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
-        grad = grad * weight
-        along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
-        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
-
-
-def compose_heads(components, weight):
-    """HLC, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D).
-
-    As matmuls over (B, T), which move nothing in a (B, T, Hc, D) projection.
-    """
-    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
-
-
-def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
-
-    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
-    """
-    x, weight = autocast_inputs(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.cross_entropy(widen(F.linear(x, weight)), targets)
-        return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the logits, (softmax - one-hot) / N, is known as soon as the loss is: dX and dW are made at once.
-
-    Adding dW piece by piece in float32 also rounds less than one product in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, save):
-        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
-        loss = dw.new_zeros(())
-        for rows, wanted, grad in zip(*(part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))):
-            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
-            loss -= log_p.gather(-1, wanted).sum()
-            if save:
-                difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
-                torch.mm(difference, weight, out=grad)
-                dw += difference.mT @ rows
-        ctx.save_for_backward(*((dx, dw) if save else ()))
-        ctx.N = len(x)
-        return loss / ctx.N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        grad = grad / ctx.N
-        return dx * grad, (dw * grad).to(dx.dtype), None, None
-
-
-# ---- attention in blocks of queries ---------------------------------------------------------------------------------
-
-BLOCK = 64  # queries in a block
-TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
-KEPT = 512  # keys up to which the backward pass finds the weights kept; beyond them memory is linear in the sequence
-
-
-class BlockAttention(torch.autograd.Function):
-    """softmax(scale Q K^T) V, causal, each block of queries against the keys up to its end: `forward_kernel` in torch.
-
-    q (N, G, T, D), k (N, S, D), v (N, S, Dv) -> (N, G, T, Dv); G query heads share the keys and values of each of N
-    heads, as more rows of the same product. `positions` (N, T), or None for the last T of S. The softmax is computed
-    in float32 at least, and as a whole, for a block has all its keys: that is where the kernel needs its running
-    maximum. The weights are kept for short sequences (`keep`) and computed again in the backward pass for others.
-
-        P = softmax(scale Q K^T)    dP = dY V^T    dS = scale P (dP - rowsum(P dP))
-        dQ = dS K                   dK = dS^T Q    dV = P^T dY
-
-    With dropout, P in front of V and dP are multiplied by the mask, drawn again from a saved seed.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, positions, scale, dropout, keep):
-        ctx.positions, ctx.scale, ctx.dropout, ctx.blocks = positions, scale, dropout, query_blocks(q, k, positions)
-        ctx.seed, weights = torch.randint(2**62, ()).item() if dropout else None, []
-        q_wide, k_wide, v_wide = widen(q) * scale, widen(k), widen(v)
-        out, mask = q.new_empty(*q.shape[:3], v.size(-1)), dropout_masks(ctx.seed, dropout, q.device)
-        with torch.autocast(q.device.type, enabled=False):
-            for heads, rows, keys in ctx.blocks:
-                p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], positions, heads, rows)
-                weights += [p.to(q.dtype)] if keep else []
-                p = p * mask(p) if dropout else p
-                out[heads, :, rows] = (p @ v_wide[heads, keys]).unflatten(1, (q.size(1), -1))
-        ctx.save_for_backward(q, k, v, *weights)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        q, k, v, *weights = ctx.saved_tensors
-        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
-        dq, mask = torch.empty_like(q), dropout_masks(ctx.seed, ctx.dropout, q.device)
-        dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
-        with torch.autocast(q.device.type, enabled=False):
-            for i, (heads, rows, keys) in enumerate(ctx.blocks):
-                if weights:
-                    p = widen(weights[i])
-                else:
-                    p = block_weights(q_wide[heads, :, rows], k_wide[heads, keys], ctx.positions, heads, rows)
-                g = grad[heads, :, rows].flatten(1, 2)  # (heads, G * rows, Dv)
-                dp = widen(g) @ v_wide[heads, keys].mT
-                kept = mask(p) if ctx.dropout else None
-                dp = dp * kept if ctx.dropout else dp
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # P (dP - rowsum(P dP)), in one pass
-                ds = ds.mul_(ctx.scale).to(q.dtype)
-                p = (p * kept if ctx.dropout else p).to(q.dtype)
-                dq[heads, :, rows] = (ds @ k[heads, keys]).unflatten(1, (q.size(1), -1))
-                dk[heads, :, keys] += q[heads, :, rows].flatten(1, 2).mT @ ds
-                dv[heads, :, keys] += g.mT @ p
-        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), None, None, None, None
-
-
-def query_blocks(q, k, positions):
-    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
-    N, G, T, S = *q.shape[:3], k.size(1)
-    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
-    ends = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
-    seen = lambda stop: S - T + stop if positions is None else S
-    return [(slice(n, n + step), slice(*rows), slice(seen(rows[1]))) for n in range(0, N, step) for rows in ends]
-
-
-def block_weights(q, k, positions, heads, rows):
-    """softmax(q k^T), causal: (heads, G, M, D), (heads, keys, D) -> (heads, G * M, keys)."""
-    scores = q.flatten(1, 2) @ k.mT
-    by_query, M = scores.unflatten(1, (q.size(1), -1)), q.size(2)  # (heads, G, M, keys)
-    if positions is None:  # the last M keys are the block's own: only there may a key be later than a query
-        by_query[..., -M:] += torch.full((M, M), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    else:
-        later = torch.arange(k.size(1), device=k.device) > positions[heads, rows, None]  # (heads, M, keys)
-        by_query.masked_fill_(later[:, None], -torch.inf)
-    return scores.softmax(-1)
-
-
-def dropout_masks(seed, dropout, device):
-    """A function that gives the same sequence of masks, 0 or 1 / (1 - dropout), for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed) if dropout else None
-    return lambda p: torch.empty_like(p).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
-
-
-def widen(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def blocks_are_faster(q, k, v, positions):
-    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`): training on a CPU, in
-    windows short enough to keep the weights and with enough scores to fill the machine."""
-    (B, H, T, _), S = q.shape, k.size(2)
-    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
-        return False
-    return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
-
-
-def block_attention(q, k, v, positions, dropout, scale):
-    """`BlockAttention` for q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv) -> (B, H, T, Dv)."""
-    B, H, T, D = q.shape
-    n = k.size(1)
-    q, k, v = q.reshape(B * n, H // n, T, D), k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
-    positions = positions if positions is None else positions.expand(B, T).repeat_interleave(n, 0)
-    keep = k.size(1) <= KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return BlockAttention.apply(q, k, v, positions, scale, dropout, keep).view(B, H, T, -1)
+flash.register_autograd(run_backward, setup_context=save_for_backward)
 
 
 # ---- the choice of a path -------------------------------------------------------------------------------------------
@@ -816,32 +778,32 @@ def causal_mask(T, S, positions=None, device=None):
     return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
-def plain_attention(q, k, v, positions, dropout, scale):
+def plain_attention(q, k, v, positions, dropout):
     groups = q.size(1) // k.size(1)
     k, v = (widen(x).repeat_interleave(groups, 1) for x in (k, v))  # (B, H, S, D)
-    scores = widen(q) @ k.mT * scale  # (B, H, T, S)
+    scores = widen(q) @ k.mT * q.size(3) ** -0.5  # (B, H, T, S)
     scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), positions, q.device), -torch.inf)
     return (F.dropout(scores.softmax(-1), dropout) @ v).to(q.dtype)
 
 
-def fused_attention(q, k, v, positions, dropout, scale):
+def fused_attention(q, k, v, positions, dropout):
     T, S, D, mask = q.size(2), k.size(2), q.size(3), None
     if positions is not None or 1 < T < S:  # one query that is the last position may see everything: no mask
         mask = causal_mask(T, S, positions, q.device)
     if v.size(3) > D:  # torch's fused kernels want one width; zeros behind q and k change no score
         q, k = (F.pad(x, (0, v.size(3) - D)) for x in (q, k))
     causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=D**-0.5, enable_gqa=grouped)
 
 
-def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="auto"):
-    """softmax(scale Q K^T) V, causal: (B, H, T, Dv) from q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv).
+def causal_attention(q, k, v, positions=None, dropout=0.0, path="auto"):
+    """softmax(Q K^T / sqrt(D)) V, causal: (B, H, T, Dv) from q (B, H, T, D), k (B, n, S, D), v (B, n, S, Dv).
 
     n < H is grouped-query attention: H/n neighbouring query heads read one key/value head. `positions` (B, T) are the
     places of the queries where the rows of a batch have different lengths; without them the queries are the last T of
     S. Keys and values behind a row's places have no weight but must be finite, as in a cache that starts as zeros.
-    `scale` is 1 / sqrt(D) by default. `path` as at the top of this file, without triton, whose kernels belong to
-    `mea_attention`. Raises ValueError for shapes that do not fit and for an unknown path.
+    `path` as at the top of this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError for
+    shapes that do not fit and for an unknown path.
     """
     path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
     q, k, v = autocast_inputs(q, k, v)
@@ -851,7 +813,7 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, scale=None, path="aut
         path = "blocks" if blocks_are_faster(q, k, v, positions) else "sdpa"
     attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
     with torch.autocast(q.device.type, enabled=False):
-        return attend(q, k, v, positions, dropout, q.size(-1) ** -0.5 if scale is None else scale)
+        return attend(q, k, v, positions, dropout)
 
 
 def absorbed_attention(q, k_components, v_components, compose_k, compose_v, positions=None, dropout=0.0):
@@ -880,16 +842,26 @@ def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{name}: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     for label, x, weight in (("key", k, compose_k), ("value", v, compose_v)):
-        shape = tuple(x.shape)
-        if (x.shape[0], x.shape[2:]) != (B, (k.shape[2], D)):
-            raise ValueError(f"{name}: {label}s of shape {shape} do not go with queries of shape {tuple(q.shape)}")
-        if weight is None and shape[1] != H:
-            raise ValueError(f"{name}: {shape[1]} {label} heads for {H} query heads need a composition matrix")
-        if weight is not None and weight.shape != (shape[1], H):
-            need = f"({shape[1]}, {H}) = (components, heads)"
-            raise ValueError(f"{name}: the {label} composition is {tuple(weight.shape)}, not {need}")
+        n, given = x.size(1), None if weight is None else tuple(weight.shape)
+        if x.shape != (B, n, k.size(2), D):
+            raise ValueError(f"{name}: {label}s {tuple(x.shape)} do not go with queries {tuple(q.shape)}")
+        if given != (n, H) and not (given is None and n == H):
+            need = f"a composition matrix of ({n}, {H}), not {given}"
+            raise ValueError(f"{name}: {n} {label} heads for {H} query heads need {need}")
     if norm_weight is not None and norm_weight.shape != (H, D):
         raise ValueError(f"{name}: norm_weight is {tuple(norm_weight.shape)}, not ({H}, {D}) = (heads, head width)")
+
+
+def composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, positions=None, absorb=False):
+    """Compose, attend, normalise each head, on any path but triton."""
+    dtype = q.dtype
+    if path == "reference":  # from the composition to the norm in float32 at least
+        q, k, v = widen(q), widen(k), widen(v)
+    if absorb:
+        out = absorbed_attention(q, k, v, compose_k, compose_v, positions)
+    else:
+        out = causal_attention(q, compose(k, compose_k), compose(v, compose_v), positions, path=path)
+    return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
 
 
 def mea_attention(
@@ -906,18 +878,14 @@ def mea_attention(
     check_shapes("mea_attention", q, k, v, compose_k, compose_v, norm_weight)
     if k.size(2) != q.size(2):
         raise ValueError(f"mea_attention: {q.size(2)} queries but {k.size(2)} keys; it has no cache (see mea_decode)")
-    crowd = q.size(0) * q.size(1)
-    crowd = f"{crowd} heads in the batch are more than a grid's 65535" if crowd > 65535 else None
-    path = choose_path("mea_attention", path, q.device, q.dtype, q.size(-1), crowd)
+    heads = q.size(0) * q.size(1)
+    obstacle = f"{heads} heads in the batch are more than a grid's 65535" if heads > 65535 else None
+    path = choose_path("mea_attention", path, q.device, q.dtype, q.size(-1), obstacle)
     with torch.autocast(q.device.type, enabled=False):
-        dtype = q.dtype
-        if path == "reference":  # from the composition to the norm in float32 at least
-            q, k, v = widen(q), widen(k), widen(v)
-        k, v = (x if w is None else compose_heads(x, w) for x, w in ((k, compose_k), (v, compose_v)))
         if path == "triton":
+            k, v = compose(k, compose_k), compose(v, compose_v)
             return flash(q, k, v, norm_weight, eps, needs_grad(q, k, v, norm_weight))[0]
-        out = causal_attention(q, k, v, path=path)
-        return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
+        return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path)
 
 
 def mea_decode(
@@ -932,57 +900,46 @@ def mea_decode(
     q, k, v = autocast_inputs(q, k_cache, v_cache)
     check_shapes("mea_decode", q, k, v, compose_k, compose_v, norm_weight)
     B, H, T, D = q.shape
-    n_k, n_v = k.size(1), v.size(1)
+    n_k, n_v, composed = k.size(1), v.size(1), compose_k is not None or compose_v is not None
     if T != 1 or lengths is not None and lengths.shape != (B,):
         one = "must hold one position, and lengths, if given, one number per batch row"
         raise ValueError(f"mea_decode: q {tuple(q.shape)} {one}")
-    if (compose_k is None) != (compose_v is None):  # one side folded: compose it with the identity
-        compose_k, compose_v = (torch.eye(H, device=q.device) if x is None else x for x in (compose_k, compose_v))
-    composed = compose_k is not None
-    obstacle = decode_obstacle(q.device, q.element_size(), H, n_k, n_v, D, composed)
+    if composed:  # where one side is folded, compose it with the identity
+        compose_k, compose_v = (torch.eye(H, device=q.device) if w is None else w for w in (compose_k, compose_v))
+    obstacle = None
     if needs_grad(q, k, v, compose_k, compose_v, norm_weight):
         obstacle = "the decode kernel has no gradient"
+    elif decode_options(q.device, q.element_size(), H, n_k, n_v, D, composed) is None:
+        obstacle = f"{n_k} key and {n_v} value components of width {D} do not fit one program"
     path = choose_path("mea_decode", path, q.device, q.dtype, D, obstacle)
     with torch.autocast(q.device.type, enabled=False):
         if path == "triton":
             return decode(q, k, v, compose_k, compose_v, norm_weight, lengths, eps)
-        dtype, positions = q.dtype, None if lengths is None else lengths[:, None] - 1
+        positions = None
         if lengths is not None:  # torch would read what is not filled, and a weight of 0 times NaN is NaN
-            unfilled = (torch.arange(k.size(2), device=k.device) >= lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+            positions = lengths[:, None] - 1
+            unfilled = (torch.arange(k.size(2), device=k.device) > positions)[:, None, :, None]  # (B, 1, S, 1)
             k, v = k.masked_fill(unfilled, 0), v.masked_fill(unfilled, 0)
         path = "sdpa" if path == "auto" else path
-        if path == "reference":
-            q, k, v = widen(q), widen(k), widen(v)
-        if composed and path == "sdpa":
-            out = absorbed_attention(q, k, v, compose_k, compose_v, positions)
-        else:
-            if composed:
-                k, v = compose_heads(k, compose_k), compose_heads(v, compose_v)
-            out = causal_attention(q, k, v, positions, path=path)
-        return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
-
-
-@torch.compiler.assume_constant_result
-def decode_obstacle(device, itemsize, H, n_k, n_v, D, composed):
-    if decode_options(device, itemsize, H, n_k, n_v, D, composed) is None:
-        return f"{n_k} key and {n_v} value components of width {D} do not fit one program"
+        absorb = composed and path == "sdpa"
+        return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, positions, absorb)
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
 
 
-def check_paths():
+def check_paths(device):
     """Compare each path that this machine has with the reference in fp64."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     heads = lambda n, length: torch.randn(2, length, n, 64, device=device).transpose(1, 2)  # (B, n, T, D)
-    q, k, v, last = heads(8, 100), heads(3, 100), heads(2, 100), heads(8, 1)
+    components = heads(3, 100), heads(2, 100)
     weights = torch.randn(3, 8, device=device), torch.randn(2, 8, device=device), torch.randn(8, 64, device=device)
-    for function, queries in ((mea_attention, q), (mea_decode, last)):
-        exact = function(*(x.double() for x in (queries, k, v, *weights)), path="reference")
+    for function, length in ((mea_attention, 100), (mea_decode, 1)):
+        operands = heads(8, length), *components, *weights
+        exact = function(*(x.double() for x in operands), path="reference")
         for path in PATHS:
             try:
-                error = (function(queries, k, v, *weights, path=path).double() - exact).norm() / exact.norm()
+                error = (function(*operands, path=path).double() - exact).norm() / exact.norm()
                 print(f"{function.__name__:14s} {path:10s} relative error {error:.1e}")
             except ValueError as refusal:
                 print(f"{function.__name__:14s} {path:10s} {refusal}")
@@ -990,31 +947,27 @@ def check_paths():
         print("TRITON_INTERPRET=1 python kernels.py runs the kernels themselves here, slowly")
 
 
-def time_blocks(rounds=9, heads=64):
+def time_blocks(device, rounds=9, heads=64):
     """A table of the time of attention in blocks over that of torch's fused attention, in turns: medians of ratios."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"blocks / sdpa, {heads} heads, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| dtype | D | T | sdpa, forward ms | blocks | sdpa, with backward ms | blocks |")
     print("|---|---|---|---|---|---|---|")
-    for dtype in (torch.bfloat16, torch.float32):
-        for D in (16, 32, 64):
-            for T in (128, 256, 512, 1024, 2048):
-                q, k, v, g = (torch.randn(8, T, heads // 8, D, device=device).to(dtype).transpose(1, 2) for _ in "qkvg")
-                seconds = {(path, grad): [] for grad in (False, True) for path in ("sdpa", "blocks")}
-                for _ in range(rounds + 1):  # the first round warms up
-                    for (path, grad), taken in seconds.items():
-                        inputs = [x.detach().requires_grad_(grad) for x in (q, k, v)]
-                        began = time.perf_counter()
-                        out = causal_attention(*inputs, path=path)
-                        if grad:
-                            torch.autograd.grad(out, inputs, g)
-                        taken.append(time.perf_counter() - began)
-                cells = []
-                for grad in (False, True):
-                    sdpa, blocks = seconds["sdpa", grad][1:], seconds["blocks", grad][1:]
-                    ratio = statistics.median(b / a for a, b in zip(sdpa, blocks, strict=True))
-                    cells += [f"{1e3 * statistics.median(sdpa):.1f}", f"{ratio:.2f}"]
-                print(f"| {str(dtype).removeprefix('torch.')} | {D} | {T} | " + " | ".join(cells) + " |", flush=True)
+    shapes = itertools.product((torch.bfloat16, torch.float32), (16, 32, 64), (128, 256, 512, 1024, 2048))
+    for dtype, D, T in shapes:
+        q, k, v, g = (torch.randn(8, T, heads // 8, D, device=device).to(dtype).transpose(1, 2) for _ in "qkvg")
+        cells = []
+        for grad in (False, True):
+            seconds, inputs = {"sdpa": [], "blocks": []}, [x.detach().requires_grad_(grad) for x in (q, k, v)]
+            for path in ("sdpa", "blocks") * (rounds + 1):  # the first round warms up
+                began = time.perf_counter()
+                out = causal_attention(*inputs, path=path)
+                if grad:
+                    torch.autograd.grad(out, inputs, g)
+                seconds[path].append(time.perf_counter() - began)
+            sdpa, blocks = seconds["sdpa"][1:], seconds["blocks"][1:]
+            ratio = statistics.median(b / a for a, b in zip(sdpa, blocks))
+            cells += [f"{1e3 * statistics.median(sdpa):.1f}", f"{ratio:.2f}"]
+        print(f"| {str(dtype).removeprefix('torch.')} | {D} | {T} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main():
@@ -1024,7 +977,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    time_blocks() if arguments.time else check_paths()
+    run = time_blocks if arguments.time else check_paths
+    run("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ counts what the compiled loops do. Read first: kernels.py.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -118,17 +119,12 @@ def print_resources(targets, widths=(64, 128)):
         "target, D, kernel, warps, registers, spill bytes, shared bytes, matrix instructions, async copies, blocks"
     )
     print(f"bf16, triton {triton.__version__}; registers per thread; {limits}")
-    print("| " + columns.replace(", ", " | ") + " |")
-    print("|" + "---|" * 10)
-    for target in targets:
-        for D in widths:
-            for launched in record_launches(TARGETS[target][3] * 1024, D=D):
-                row = compile_ahead(target, *launched)
-                print(
-                    f"| {target} | {D} | "
-                    + " | ".join(str(value) for name, value in row.items() if name != "asm")
-                    + " |"
-                )
+    print("| " + columns.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
+    for target, D in itertools.product(targets, widths):
+        for launched in record_launches(TARGETS[target][3] * 1024, D=D):
+            resources = compile_ahead(target, *launched)
+            del resources["asm"]
+            print(f"| {target} | {D} | " + " | ".join(map(str, resources.values())) + " |")
 
 
 def main():
