@@ -93,8 +93,6 @@ def open_dataset(folder, verify: bool | None = None) -> Dataset:
     meta = read_json(folder / META_FILE)
     if meta.get("format") != 1:
         raise ValueError(f"{folder / META_FILE} is not what data/prepare.py writes; {AGAIN}")
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"{folder / TOKENIZER_FILE} is missing; {AGAIN}")
     dataset = Dataset(folder, meta)
     if verify or (verify is None and dataset.train.nbytes + dataset.val.nbytes <= CHECKED_BYTES):
         for split, name in SPLITS.items():

@@ -40,18 +40,13 @@ SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,
 
 
 class Tokenizer:
-    """What every kind offers. Subclasses give `name`, `vocab_size`, `end_of_text`, `_encode`, `_spelling`, `_state`."""
+    """What every kind offers. Subclasses give the first four fields, `_encode`, `_spelling` and `_state`."""
 
     name: str
     vocab_size: int  # end_of_text included
     end_of_text: int
+    end_tokens: set[int]  # all that end a text when a model writes it: a pretrained model may have several
     start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
-    more_ends: tuple[int, ...] = ()  # other ids that end the texts of a pretrained model
-
-    @property
-    def end_tokens(self) -> set[int]:
-        """Every id that ends a text when a model writes it."""
-        return {self.end_of_text, *self.more_ends}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -88,6 +83,7 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name, self.encoding = name, encoding
         self.vocab_size, self.end_of_text = encoding.n_vocab, encoding.eot_token
+        self.end_tokens = {self.end_of_text}
 
     def _encode(self, texts):
         if len(texts) == 1:  # starting threads takes longer than most texts
@@ -171,7 +167,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.name, self.content, self.end_of_text, self.more_ends = name, content, end_of_text, tuple(more_ends)
+        self.name, self.content = name, content
+        self.end_of_text, self.end_tokens = end_of_text, {end_of_text, *more_ends}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.byte_of = byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
@@ -179,18 +176,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
 
     @classmethod
-    def from_folder(cls, folder):
-        """Reads FOLDER/tokenizer.json, or the file itself, and the settings beside it.
+    def from_file(cls, path: Path):
+        """Reads a tokenizer.json and the settings beside it.
 
         End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json
         and generation_config.json, a number or a list, ends a text as well.
         """
-        path = tokenizer_file(folder)
         tokenizer = cls(f"hf:{path.resolve().parent.name}", read_json(path), 0)
-        settings, *configs = (
-            read_json(path.with_name(name)) if path.with_name(name).exists() else {}
-            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
-        )
+        beside = map(path.with_name, ("tokenizer_config.json", "config.json", "generation_config.json"))
+        settings, *configs = (read_json(file) if file.exists() else {} for file in beside)
         eos = settings.get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
         names = [eos] if eos else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
@@ -200,7 +194,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ends += [end for end in (listed if isinstance(listed, list) else [listed]) if end is not None]
         if not ends:
             raise ValueError(f"{path}: no end-of-text token; looked for {', '.join(names)}")
-        tokenizer.end_of_text, tokenizer.more_ends = ends[0], tuple(sorted({*ends} - {ends[0]}))
+        tokenizer.end_of_text, tokenizer.end_tokens = ends[0], {*ends}
         return tokenizer
 
     def _encode(self, texts):
@@ -221,7 +215,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _state(self):
         state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
-        return {**state, "more_ends": list(self.more_ends)} if self.more_ends else state
+        more_ends = sorted(self.end_tokens - {self.end_of_text})
+        return {**state, "more_ends": more_ends} if more_ends else state
 
     def to_hugging_face(self):
         return self.content
@@ -235,8 +230,6 @@ def get_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "byte":
         return ByteTokenizer()
-    if spec.startswith("hf:"):
-        return HuggingFaceTokenizer.from_folder(spec[3:])
     names = tiktoken.list_encoding_names()
     if spec in names:
         try:
@@ -244,8 +237,8 @@ def get_tokenizer(spec: str) -> Tokenizer:
         except Exception as error:  # its errors and those of its HTTP library have no common class
             how = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
             raise OSError(f"tokenizer {spec}: tiktoken could not load its files ({error}); {how}") from None
-    if Path(spec).exists():
-        return load_tokenizer(spec)
+    if spec.startswith("hf:") or Path(spec).exists():
+        return load_tokenizer(spec.removeprefix("hf:"))
     choices = f"byte, bpe, hf:FOLDER, a folder with a {FILE_NAME}, or one of {', '.join(names)}"
     raise ValueError(f"no tokenizer {spec!r}: choose {choices}")
 
@@ -255,11 +248,12 @@ def load_tokenizer(path) -> Tokenizer:
 
     FileNotFoundError if there is none, ValueError if the file is not sound.
     """
-    path = tokenizer_file(path)
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
     state = read_json(path)
     match state.get("kind"):
         case None:
-            return HuggingFaceTokenizer.from_folder(path)
+            return HuggingFaceTokenizer.from_file(path)
         case "byte":
             return ByteTokenizer()
         case "bpe" if state.get("split") == SPLIT:
@@ -267,14 +261,9 @@ def load_tokenizer(path) -> Tokenizer:
         case "tiktoken":
             return get_tokenizer(state["name"])
         case "hf":
-            more_ends = state.get("more_ends", ())
-            return HuggingFaceTokenizer(state["name"], state["tokenizer"], state["end_of_text"], more_ends)
+            ends = state["end_of_text"], state.get("more_ends", ())
+            return HuggingFaceTokenizer(state["name"], state["tokenizer"], *ends)
     raise ValueError(f"{path} is not a tokenizer file of this program")
-
-
-def tokenizer_file(path) -> Path:
-    path = Path(path)
-    return path / FILE_NAME if path.is_dir() else path
 
 
 def train_bpe(texts, vocab_size: int) -> BPETokenizer:
