@@ -163,27 +163,16 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     splits = {split: dict(file=name, tokens=0, bytes=0, documents=0) for split, name in SPLITS.items()}
     files = {split: open(folder / name, "wb") for split, name in SPLITS.items()}
     bar, replaced = progress("encoding", corpus.size), 0
-
-    def write(batch):
+    for batch in batches(corpus):
         for (split, text, ends), tokens in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch])):
-            if ends:
-                tokens.append(tokenizer.end_of_text)
+            tokens += [tokenizer.end_of_text] * ends
             files[split].write(np.array(tokens, DTYPES[dtype]).tobytes())
             size, entry = len(text.encode()), splits[split]
             entry["tokens"] += len(tokens)
             entry["bytes"] += size
             entry["documents"] += ends
+            replaced += text.count("\ufffd")
             bar.update(size)
-
-    batch, size = [], 0
-    for document in corpus.documents():
-        batch.append(document)
-        size += len(document[1])
-        replaced += document[1].count("\ufffd")
-        if size >= 4 * PIECE:  # several pieces, so that tiktoken can use several threads
-            write(batch)
-            batch, size = [], 0
-    write(batch)
     bar.close()
     for split, entry in splits.items():
         files[split].close()
@@ -193,6 +182,18 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict:
     if replaced:
         corpus.notes.append(f"{replaced:,} U+FFFD, which replace what is no UTF-8")
     return dict(dtype=dtype, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, splits=splits)
+
+
+def batches(corpus: Corpus):
+    """The documents of a corpus in lists, each long enough for tiktoken to use several threads."""
+    batch, size = [], 0
+    for document in corpus.documents():
+        batch.append(document)
+        size += len(document[1])
+        if size >= 4 * PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
