@@ -2,13 +2,13 @@
 
     python data/prepare.py                                     the default: text that comes with Python, no download
     python data/prepare.py --source shakespeare --tokenizer byte
-    python data/prepare.py --source notes/ --vocab_size 2048   a folder of .txt, .md, .rst, .py and .jsonl
+    python data/prepare.py --source notes/ --vocab_size 2048   a folder of .txt, .md, .rst, .py, .jsonl, .parquet
     python data/prepare.py --source fineweb10B/                token files of nanoGPT, llm.c or modded-nanogpt, in place
     python data/prepare.py --info data/python                  what a folder holds; verifies its hashes
 
-A file given by name may have any suffix if it is text; a .jsonl file has a "text" in each line. In a .txt file the
-spelling <|endoftext|> divides documents. In a folder, files named train.* and val.*, valid*.* or test.* are the splits.
-UTF-16 with a byte order mark is decoded. The summary says what was skipped or replaced.
+A file given by name may have any suffix if it is text in UTF-8; a .jsonl file has a "text" in each line. In a .txt file
+the spelling <|endoftext|> divides documents. In a folder, files named train.* and val.*, valid*.* or test.* are the
+splits. The summary says what was skipped or replaced.
 
 --tokenizer is bpe (trained on the text, --vocab_size tokens with end-of-text), byte, gpt2 or another name of tiktoken,
 hf:FOLDER (a Hugging Face tokenizer.json), or the folder of a run or of a data set, whose tokenizer is used again.
@@ -149,10 +149,11 @@ def sample(corpus: Corpus):
     keep, due = min(1.0, TOKENIZER_BYTES / max(1, corpus.size)), 0.0
     bar = progress("reading for the tokenizer", corpus.size)
     for split, text, _ in corpus.documents():
-        due += keep * len(text) * (split == "train")
-        if split == "train" and due > 0:
-            due -= len(text)
-            yield text
+        if split == "train":
+            due += keep * len(text)
+            if due > 0:
+                due -= len(text)
+                yield text
         bar.update(len(text))
     bar.close()
 
