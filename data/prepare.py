@@ -65,7 +65,7 @@ def prepare(**options) -> Dataset:
     began = time.monotonic()
     o = check_options(Options(**{name: str(v) if isinstance(v, Path) else v for name, v in options.items()}))
     path, named = Path(o.source), o.source in ("python", *CORPORA)
-    if not named and not path.exists():
+    if not named and not (o.source and path.exists()):
         raise ValueError(f"--source {o.source}: neither python, {', '.join(CORPORA)} nor a file or folder that exists")
     token_files = {} if named else find_token_files(path)
     if token_files and (o.tokenizer == "bpe" or not o.tokenizer and (path / "meta.pkl").exists()):

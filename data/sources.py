@@ -189,6 +189,7 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
             skipped["empty or not in UTF-8"] += 1
         else:
             files.append(path)
+    check_pyarrow(files)
     shares = validation_shares(source, files, val_fraction, seed)
     if len(shares) < len(files):
         skipped["beside train and val"] = len(files) - len(shares)
@@ -224,6 +225,12 @@ def validation_shares(source: Path, files: list[Path], val_fraction: float, seed
         shares[path] = min(1.0, left / size)
         left = max(0.0, left - size)
     return shares
+
+
+def check_pyarrow(files) -> None:
+    """ValueError, before any work, if `files` cannot be read for want of the package."""
+    if any(Path(file).suffix.lower() == ".parquet" for file in files) and not importlib.util.find_spec("pyarrow"):
+        raise ValueError("text in parquet files needs a package: pip install pyarrow")
 
 
 def file_corpus(shares: dict[Path, float], seed: int, **more) -> Corpus:
@@ -274,10 +281,8 @@ def read_text(path: Path) -> Iterator[tuple[str, bool]]:
 def read_records(path: Path) -> Iterator[str]:
     """The "text" of each line of a .jsonl file or row of a .parquet file. ValueError for a bad line."""
     if path.suffix.lower() == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise ValueError(f"{path} is a parquet file: pip install pyarrow") from None
+        from pyarrow import parquet
+
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
             yield from batch.column(0).to_pylist()
         return
@@ -328,6 +333,7 @@ def named_corpus(name: str, shards: int, val_fraction: float, seed: int) -> Corp
         shares = dict(zip(files, (0.0, 1.0)))
     else:
         shares = dict.fromkeys(files[:shards], val_fraction)
+    check_pyarrow(shares)
     meta = dict(urls=[f"https://huggingface.co/datasets/{repository}"], revision=revision)
     return file_corpus({hub_file(repository, revision, file): share for file, share in shares.items()}, seed, meta=meta)
 

@@ -767,4 +767,6 @@ def test_fineweb_reads_parquet(tmp_path, monkeypatch, refused):
     assert sorted(all_documents(dataset)) == sorted(texts)
     assert asked == [("HuggingFaceFW/fineweb-edu", "sample/10BT/000_00000.parquet")]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in refused("--source", "fineweb-edu", "--out_dir", tmp_path / "new")
+    for source in ("fineweb-edu", tmp_path / "downloads"):
+        assert "pip install pyarrow" in refused("--source", source, "--out_dir", tmp_path / "new")
+    assert len(asked) == 1  # refused before the download
