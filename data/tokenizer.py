@@ -124,8 +124,7 @@ class BPETokenizer(TiktokenTokenizer):
         # tiktoken joins any two neighbours that spell a token: all ways to cut it in two are merges
         cuts = ((spell(token[:i]), spell(token[i:])) for token in self.merged for i in range(1, len(token)))
         merges = [cut for cut in cuts if vocabulary.keys() >= {*cut}]
-        model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=True)  # tiktoken looks whole words up, too
-        theirs = tokenizers.Tokenizer(model)
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])

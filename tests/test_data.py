@@ -338,7 +338,7 @@ def test_end_of_text_in_a_txt_file_divides_documents(prepare_files):
 def test_documents_do_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch):
     parts = ["one\ntwo", "three", "four " * 50 + "\n\nfive"]
     source = write(tmp_path / "d.txt", f"\n{END_OF_TEXT}\n".join([*parts, "", ""]))
-    for size in (1 << 20, 300, 40):
+    for size in (*range(14, 60), 300, 1 << 20):
         monkeypatch.setattr(sources, "PIECE", size)
         whole = "".join(text + "|" * ends for text, ends in sources.read_text(source))
         assert [part.strip() for part in whole.split("|")] == [*parts, ""]
