@@ -16,7 +16,6 @@ not text and has no UTF-8: it is replaced by U+FFFD before encoding, everything 
 Read next: data/dataset.py. `python data/tokenizer.py` trains a small vocabulary on this file and shows it.
 """
 
-import hashlib
 import heapq
 import json
 import os
@@ -30,11 +29,10 @@ import tiktoken
 
 if __package__ in (None, ""):  # run as a program: make the repository importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from options import read_json, write_atomically
+from options import read_json, sha256, write_atomically
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-MAX_VOCAB_SIZE = 1 << 20
 # Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation,
 # space. A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
 # costs no more to train on or to encode than prose; 32 encodes twice as fast as 64.
@@ -42,21 +40,13 @@ SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,
 
 
 class Tokenizer:
-    """What every kind offers. Subclasses give `name`, `vocab_size`, `end_of_text`, `_encode`, `_decode`, `_state`.
-
-    `vocab_size` counts `end_of_text`; all ids are in [0, vocab_size).
-    """
+    """What every kind offers. Subclasses give the first four fields, `_encode`, `_spelling` and `_state`."""
 
     name: str
-    vocab_size: int
+    vocab_size: int  # end_of_text included
     end_of_text: int
+    end_tokens: set[int]  # all that end a text when a model writes it: a pretrained model may have several
     start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
-    more_ends: tuple[int, ...] = ()  # other ids that end the texts of a pretrained model
-
-    @property
-    def end_tokens(self) -> set[int]:
-        """Every id that ends a text when a model writes it."""
-        return {self.end_of_text, *self.more_ends}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -66,59 +56,25 @@ class Tokenizer:
         return self._encode([well_formed(text) for text in texts])
 
     def decode_bytes(self, tokens) -> bytes:
-        """The exact bytes the ids spell, which may end inside a character. ValueError for an id out of range."""
-        tokens = [int(token) for token in tokens]
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} ({self.name})")
-        return self._decode(tokens)
+        """The exact bytes the ids spell, which may end inside a character."""
+        return b"".join(self._spelling(int(token)) for token in tokens)
 
     def decode(self, tokens) -> str:
         """As `decode_bytes`, with U+FFFD where the bytes are not UTF-8."""
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def save(self, folder) -> dict:
-        """Writes FILE_NAME into `folder`; returns what meta.json says of it, such as name and sha256.
-
-        A tokenizer that `load_tokenizer` made from such a file is written as it was, byte for byte.
-        """
-        content = json.dumps({"format": 1, **self._state()})
-        write_atomically(Path(folder) / FILE_NAME, content)
-        return dict(
-            name=self.name,
-            file=FILE_NAME,
-            sha256=hashlib.sha256(content.encode()).hexdigest(),
-            vocab_size=self.vocab_size,
-            end_of_text=self.end_of_text,
-        )
+        """Writes FILE_NAME into `folder`, after `load_tokenizer` as it was, byte for byte; returns its part of
+        meta.json."""
+        path = Path(folder) / FILE_NAME
+        write_atomically(path, json.dumps({"format": 1, **self._state()}))
+        size = dict(vocab_size=self.vocab_size, end_of_text=self.end_of_text)
+        return dict(name=self.name, file=FILE_NAME, sha256=sha256(path), **size)
 
     def to_hugging_face(self) -> dict:
-        """The content of a Hugging Face tokenizer.json that encodes every text to the same ids.
-
-        There, "<|endoftext|>" in a text is the special token, unless `encode_special_tokens` is set. ValueError if this
-        kind has no such form.
-        """
-        raise ValueError(
-            f"tokenizer {self.name} cannot be written as a tokenizer.json: use the one published with its model"
-        )
-
-
-class ByteTokenizer(Tokenizer):
-    """One token per byte of UTF-8; 256 is end-of-text."""
-
-    name, vocab_size, end_of_text = "byte", 257, 256
-
-    def _encode(self, texts):
-        return [list(text.encode()) for text in texts]
-
-    def _decode(self, tokens):
-        return b"".join(END_OF_TEXT.encode() if token == 256 else bytes([token]) for token in tokens)
-
-    def _state(self):
-        return {"kind": "byte"}
-
-    def to_hugging_face(self):
-        return _byte_level_content([])
+        """The content of a Hugging Face tokenizer.json that encodes every text to the same ids; ValueError if there is
+        none. (There, "<|endoftext|>" in a text is the special token, unless `encode_special_tokens` is set.)"""
+        raise ValueError(f"tokenizer {self.name} has no tokenizer.json: use the one published with its model")
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -127,14 +83,12 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name, self.encoding = name, encoding
         self.vocab_size, self.end_of_text = encoding.n_vocab, encoding.eot_token
+        self.end_tokens = {self.end_of_text}
 
     def _encode(self, texts):
-        if len(texts) == 1 or sum(map(len, texts)) < 500 * len(texts):  # handing a short text to a thread costs more
-            return [self.encoding.encode_ordinary(text) for text in texts]
+        if len(texts) == 1:  # starting threads takes longer than most texts
+            return [self.encoding.encode_ordinary(texts[0])]
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-
-    def _decode(self, tokens):
-        return b"".join(map(self._spelling, tokens))
 
     def _spelling(self, token):
         try:
@@ -147,38 +101,57 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class BPETokenizer(TiktokenTokenizer):
-    """A vocabulary trained here: ids 0..255 are the single bytes, then one id per merge, then end-of-text.
-
-    `merged` holds the bytes of ids 256, 257, ... The single bytes are implied, so no file can lack one.
-    """
+    """A vocabulary trained here: ids 0..255 are the single bytes, `merged` the bytes of the ids that follow, and
+    end-of-text comes last."""
 
     def __init__(self, merged: list[bytes]):
-        tokens = [bytes([byte]) for byte in range(256)] + merged
         self.merged = merged
-        super().__init__(
-            f"bpe-{len(tokens) + 1}",
-            tiktoken.Encoding(
-                "bpe",
-                pat_str=SPLIT,
-                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-                special_tokens={END_OF_TEXT: len(tokens)},
-            ),
-        )
+        tokens = [bytes([byte]) for byte in range(256)] + merged
+        ranks, special = {token: rank for rank, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)}
+        encoding = tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        super().__init__(f"bpe-{len(tokens) + 1}", encoding)
 
     def _state(self):
         return {"kind": "bpe", "split": SPLIT, "merged": [token.decode("latin-1") for token in self.merged]}
 
     def to_hugging_face(self):
-        return _byte_level_content(self.merged)
+        import tokenizers
+
+        letter = {byte: c for c, byte in byte_level_alphabet().items()}
+        spell = lambda token: "".join(letter[byte] for byte in token)
+        vocabulary = {spell([byte]): byte for byte in range(256)}
+        vocabulary |= {spell(token): 256 + i for i, token in enumerate(self.merged)}
+        # tiktoken joins any two neighbours that spell a token: all ways to cut it in two are merges
+        cuts = ((spell(token[:i]), spell(token[i:])) for token in self.merged for i in range(1, len(token)))
+        merges = [cut for cut in cuts if vocabulary.keys() >= {*cut}]
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+        theirs.decoder = tokenizers.decoders.ByteLevel()
+        theirs.add_special_tokens([END_OF_TEXT])
+        return json.loads(theirs.to_str())
+
+
+class ByteTokenizer(BPETokenizer):
+    """One token per byte of UTF-8; 256 is end-of-text."""
+
+    def __init__(self):
+        super().__init__([])
+        self.name = "byte"
+
+    def _encode(self, texts):
+        return [list(text.encode()) for text in texts]
+
+    def _state(self):
+        return {"kind": "byte"}
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json (its content, a dict), run by the `tokenizers` package.
 
-    Byte-level ones (GPT-2, Llama 3, Qwen) are exact. One with a normaliser gives back its normalised text, which
-    is said on stderr; its `decode_bytes` is exact for whole texts, not token by token.
-
-    ValueError, in one line, for content that the package does not take or ids outside the vocabulary.
+    Byte-level ones (GPT-2, Llama 3, Qwen) are exact. Others give back their normalised text, and their `decode_bytes`
+    is meant for whole texts, not token by token. ValueError if the package does not take the content.
     """
 
     def __init__(self, name: str, content: dict, end_of_text: int, more_ends=()):
@@ -188,75 +161,108 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError("hf: tokenizers need the `tokenizers` package: pip install tokenizers") from None
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-            self.tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
-            self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-            self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
-            self.byte_of = _byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
-            self.name, self.content, self.end_of_text = name, content, end_of_text
-            probe = " Round  trip:\tcafé \U0001f642\n"
-            exact = self.decode(self.encode(probe)) == probe
-            whole = self.tokenizer.encode("a")  # as its own model reads a text
-            self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
         except Exception as error:  # the package has no error class of its own
-            raise ValueError(f"{name} is not a usable tokenizer.json: {_one_line(error)}") from None
-        self.more_ends = tuple(sorted(set(more_ends) - {end_of_text}))
-        for end in self.end_tokens:
-            if not 0 <= end < self.vocab_size <= MAX_VOCAB_SIZE:
-                raise ValueError(f"{name}: end-of-text id {end} or vocabulary size {self.vocab_size} is out of range")
-        if not exact:
-            print(f"note: {name} does not give back every text exactly (it normalises)", file=sys.stderr)
+            raise ValueError(f"{name} is not a usable tokenizer.json: {error}") from None
+        self.tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.name, self.content = name, content
+        self.end_of_text, self.end_tokens = end_of_text, {end_of_text, *more_ends}
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        self.byte_of = byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
+        whole = self.tokenizer.encode("a")  # as its own model reads a text
+        self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
 
     @classmethod
-    def from_folder(cls, folder):
-        """Reads FOLDER/tokenizer.json, or the file itself, and the settings beside it.
+    def from_file(cls, path: Path):
+        """Reads a tokenizer.json and the settings beside it.
 
         End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json
         and generation_config.json, a number or a list, ends a text as well.
         """
-        path = Path(folder) / FILE_NAME if Path(folder).is_dir() else Path(folder)
-        content = read_json(path)
-        settings, *configs = (
-            read_json(path.with_name(name)) if path.with_name(name).exists() else {}
-            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
-        )
-        tokenizer = cls(f"hf:{path.resolve().parent.name}", content, 0)
+        tokenizer = cls(f"hf:{path.resolve().parent.name}", read_json(path), 0)
+        beside = map(path.with_name, ("tokenizer_config.json", "config.json", "generation_config.json"))
+        settings, *configs = (read_json(file) if file.exists() else {} for file in beside)
         eos = settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        names = [eos] if isinstance(eos, str) else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
-        spelled = [tokenizer.tokenizer.token_to_id(name) for name in names]
-        listed = [config.get("eos_token_id") for config in configs]
-        listed = [end for some in listed for end in (some if isinstance(some, list) else [some])]
-        listed = [end for end in listed if type(end) is int and 0 <= end < tokenizer.vocab_size]
-        ends = [end for end in spelled if end is not None][:1] + listed
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        names = [eos] if eos else [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
+        ends = [end for end in map(tokenizer.tokenizer.token_to_id, names) if end is not None][:1]
+        for config in configs:
+            listed = config.get("eos_token_id")
+            ends += [end for end in (listed if isinstance(listed, list) else [listed]) if end is not None]
         if not ends:
             raise ValueError(f"{path}: no end-of-text token; looked for {', '.join(names)}")
-        tokenizer.end_of_text, tokenizer.more_ends = ends[0], tuple(sorted({*ends} - {ends[0]}))
+        tokenizer.end_of_text, tokenizer.end_tokens = ends[0], {*ends}
         return tokenizer
 
     def _encode(self, texts):
         return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def _decode(self, tokens):
-        if self.byte_of is None:
-            return self.tokenizer.decode(tokens, skip_special_tokens=False).encode()
-        return b"".join(map(self._spelling, tokens))
+    def decode_bytes(self, tokens):
+        if self.byte_of:
+            return super().decode_bytes(tokens)
+        return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False).encode()
 
     def _spelling(self, token):
-        """The bytes of one token. (The package's own decoder takes the letters of added tokens for bytes, too: an added
-        "café" becomes "caf" and a broken byte.)"""
-        piece = self.added.get(token) or self.tokenizer.id_to_token(token) or ""
-        if token in self.added or not all(c in self.byte_of for c in piece):
-            return piece.encode()
-        return bytes(self.byte_of[c] for c in piece)
+        """The bytes of one byte-level token. (The package's own decoder takes the letters of added tokens for bytes,
+        too: an added "café" becomes "caf" and a broken byte.)"""
+        if token in self.added:
+            return self.added[token].encode()
+        letters = self.tokenizer.id_to_token(token) or ""
+        return b"".join(bytes([self.byte_of[c]]) if c in self.byte_of else c.encode() for c in letters)
 
     def _state(self):
         state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
-        return {**state, "more_ends": list(self.more_ends)} if self.more_ends else state
+        more_ends = sorted(self.end_tokens - {self.end_of_text})
+        return {**state, "more_ends": more_ends} if more_ends else state
 
     def to_hugging_face(self):
         return self.content
+
+
+def get_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or what `load_tokenizer` finds in a folder or file, a
+    run's folder for example. ("bpe" has to be trained.)
+
+    Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    names = tiktoken.list_encoding_names()
+    if spec in names:
+        try:
+            return TiktokenTokenizer(spec, tiktoken.get_encoding(spec))
+        except Exception as error:  # its errors and those of its HTTP library have no common class
+            how = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
+            raise OSError(f"tokenizer {spec}: tiktoken could not load its files ({error}); {how}") from None
+    if spec.startswith("hf:") or Path(spec).exists():
+        return load_tokenizer(spec.removeprefix("hf:"))
+    choices = f"byte, bpe, hf:FOLDER, a folder with a {FILE_NAME}, or one of {', '.join(names)}"
+    raise ValueError(f"no tokenizer {spec!r}: choose {choices}")
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder.
+
+    FileNotFoundError if there is none, ValueError if the file is not sound.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    state = read_json(path)
+    match state.get("kind"):
+        case None:
+            return HuggingFaceTokenizer.from_file(path)
+        case "byte":
+            return ByteTokenizer()
+        case "bpe" if state.get("split") == SPLIT:
+            return BPETokenizer([token.encode("latin-1") for token in state["merged"]])
+        case "tiktoken":
+            return get_tokenizer(state["name"])
+        case "hf":
+            ends = state["end_of_text"], state.get("more_ends", ())
+            return HuggingFaceTokenizer(state["name"], state["tokenizer"], *ends)
+    raise ValueError(f"{path} is not a tokenizer file of this program")
 
 
 def train_bpe(texts, vocab_size: int) -> BPETokenizer:
@@ -264,15 +270,11 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
 
     The most frequent adjacent pair becomes a token, again and again; ties go to the smaller pair of ids. Counting runs
     over unique pre-tokens, and a merge touches only those that hold the pair. Where no pair occurs twice any more
-    the vocabulary stays smaller, which is said on stderr. ValueError unless 257 <= vocab_size <= MAX_VOCAB_SIZE.
+    the vocabulary stays smaller, which is said on stderr.
     """
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"a bpe vocabulary has 257 (the bytes and end-of-text) to {MAX_VOCAB_SIZE} tokens, not {vocab_size}"
-        )
     split, words = regex.compile(SPLIT), Counter()
     for text in texts:
-        words.update(split.findall(well_formed(text)))
+        words.update(split.findall(text))
     sequences, frequency = [list(word.encode()) for word in words], list(words.values())
 
     tokens = [bytes([byte]) for byte in range(256)]
@@ -299,7 +301,7 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         bar.update(1)
         for i in set(holders.pop(pair)):
-            old, sequences[i] = sequences[i], _merge(sequences[i], pair, new)
+            old, sequences[i] = sequences[i], merge(sequences[i], pair, new)
             for before in zip(old, old[1:]):
                 change[before] -= frequency[i]
             for after in zip(sequences[i], sequences[i][1:]):
@@ -316,107 +318,24 @@ def train_bpe(texts, vocab_size: int) -> BPETokenizer:
     return BPETokenizer(tokens[256:])
 
 
-def get_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or what `load_tokenizer` finds in a folder or file, a
-    run's folder for example. ("bpe" has to be trained.)
-
-    Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
-    """
-    if spec == "byte":
-        return ByteTokenizer()
-    if spec.startswith("hf:"):
-        return HuggingFaceTokenizer.from_folder(spec[3:])
-    names = tiktoken.list_encoding_names()
-    if spec in names:
-        return TiktokenTokenizer(spec, _load_encoding(spec))
-    if Path(spec).exists():
-        return load_tokenizer(spec)
-    raise ValueError(
-        f"no tokenizer {spec!r}: choose byte, bpe, hf:FOLDER, a folder with a {FILE_NAME}, or one of {', '.join(names)}"
-    )
-
-
-def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder.
-
-    FileNotFoundError if there is none, ValueError if the file is not sound.
-    """
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
-    state = read_json(path)
-    if "format" not in state and isinstance(state.get("model"), dict):
-        return HuggingFaceTokenizer.from_folder(path)
-    try:
-        if state["format"] == 1 and state["kind"] == "byte":
-            return ByteTokenizer()
-        if state["format"] == 1 and state["kind"] == "bpe" and state["split"] == SPLIT:
-            return BPETokenizer([token.encode("latin-1") for token in state["merged"]])
-        if state["format"] == 1 and state["kind"] == "tiktoken":
-            return TiktokenTokenizer(state["name"], _load_encoding(state["name"]))
-        if state["format"] == 1 and state["kind"] == "hf":
-            more_ends = state.get("more_ends", [])
-            return HuggingFaceTokenizer(state["name"], state["tokenizer"], state["end_of_text"], more_ends)
-        why = "format 1, and kind byte, bpe, tiktoken or hf"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        why = f"{type(error).__name__}: {_one_line(error)}"
-    raise ValueError(f"{path} is not a tokenizer file of this program ({why})")
-
-
-def _byte_level_content(merged: list[bytes]) -> dict:
-    """A tokenizer.json of the bytes, `merged` and END_OF_TEXT, for the `tokenizers` package."""
-    spelling = {byte: c for c, byte in _byte_level_alphabet().items()}
-    spell = lambda token: "".join(spelling[byte] for byte in token)
-    rank = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merged)}
-    merges = []
-    for token in merged:
-        # tiktoken joins any two neighbours that spell a token. Which two they are follows from the token alone: what it
-        # falls into with the earlier tokens.
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            ranks = [rank.get(left + right, rank[token]) for left, right in zip(parts, parts[1:])]
-            i = min(range(len(ranks)), key=ranks.__getitem__)
-            if ranks[i] >= rank[token]:
-                raise ValueError(f"token {token!r} is not two earlier ones in a row, as a tokenizer.json needs it")
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append([spell(part) for part in parts])
-    end = dict(content=END_OF_TEXT, id=len(rank), special=True, normalized=False)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    split = dict(type="Split", pattern={"Regex": SPLIT}, behavior="Isolated", invert=False)
-    return dict(
-        version="1.0",
-        added_tokens=[end | dict(single_word=False, lstrip=False, rstrip=False)],
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
-        decoder=byte_level,
-        model=dict(
-            type="BPE",
-            ignore_merges=True,  # tiktoken looks a whole word up first
-            vocab={spell(token): i for token, i in rank.items()} | {END_OF_TEXT: len(rank)},
-            merges=merges,
-        ),
-    )
-
-
-def _load_encoding(name: str) -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # its errors and those of its HTTP library have no common class
-        raise OSError(
-            f"tokenizer {name}: tiktoken could not load its files ({_one_line(error)}); connect to the network once, "
-            "set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
-        ) from None
-
-
-def _merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
+def merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """`sequence` with every occurrence of `pair`, from the left, replaced by `new`."""
     merged, i = [], 0
     while i < len(sequence):
-        if i + 1 < len(sequence) and (sequence[i], sequence[i + 1]) == pair:
+        if tuple(sequence[i : i + 2]) == pair:
             merged.append(new)
             i += 2
         else:
             merged.append(sequence[i])
             i += 1
     return merged
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's stand-ins for bytes: the byte itself where it is printable in latin-1, else a character from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def well_formed(text: str) -> str:
@@ -437,27 +356,10 @@ def progress(what: str, total: int | None = None, unit: str = "B"):
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's stand-ins for bytes: the byte itself where it is printable in latin-1, else a character from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
 if __name__ == "__main__":
     text = Path(__file__).read_text(encoding="utf-8")
     bpe = train_bpe([text], 512)
-    line = "def encode(self, text: str):  # café \U0001f642"
-    for tokenizer in (ByteTokenizer(), bpe):
-        tokens = tokenizer.encode(line)
-        print(
-            f"{tokenizer.name}: {tokenizer.vocab_size} tokens, end of text is {tokenizer.end_of_text}; "
-            f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token of this file; "
-            f"round trip {tokenizer.decode(tokens) == line}"
-        )
-        print("   ", " ".join(repr(tokenizer.decode([token])) for token in tokens))
+    tokens = bpe.encode("def encode(self, text: str):  # café \U0001f642")
+    print(f"{bpe.name}: {len(text.encode()) / len(bpe.encode(text)):.2f} bytes per token of this file")
     print("first merges:", " ".join(repr(token.decode("latin-1")) for token in bpe.merged[:24]))
+    print("a line:", " ".join(repr(bpe.decode([token])) for token in tokens))
