@@ -8,12 +8,13 @@ a reader that goes away, NaN, a clock that runs backwards. "As an undisturbed on
 random state and every logged number but the speeds, bit for bit. Exit code 1 if anything did not survive.
 """
 
+import contextlib
 import io
-import json
 import math
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,15 +24,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from options import fail, option, parse_options, run_program  # before torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import ROOT, command, machine, read_metrics, table
+from options import fail, option, parse_options, run_program
 
 import torch
 
 import train
 from checkpoint import load_checkpoint
-from experiments.report import command, machine, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training process, with a fault built in where it must strike at an exact place; train.py itself knows nothing of it
@@ -40,17 +40,18 @@ from experiments.report import command, machine, table
 def child(fault, options):
     """train.py's main with `fault`, "name:count", built in: it strikes at the count-th call of what it sits in."""
     name, count = fault.split(":")
+    calls, original_save = [], torch.save
 
     def kill(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def before_call(module, function, act, counts=lambda *_: True):
-        original, calls = getattr(module, function), []
+        original = getattr(module, function)
 
         def patched(*args, **kwargs):
-            calls.append(counts(*args))
-            if calls[-1] and sum(calls) == int(count):
-                args = act(*args) or args
+            if counts(*args):
+                calls.append(function)
+                args = act(*args) or args if len(calls) == int(count) else args
             return original(*args, **kwargs)
 
         setattr(module, function, patched)
@@ -71,7 +72,6 @@ def child(fault, options):
         now, ticks = time.time(), []
         time.time = time.monotonic = lambda: now - 0.25 * (ticks.append(0) or len(ticks))
 
-    original_save = torch.save
     renamed_to = lambda name: lambda _, new: Path(new).name == name
     {
         "writing": lambda: before_call(torch, "save", write_half_and_die),
@@ -84,10 +84,7 @@ def child(fault, options):
     train.main(options)
 
 
-def start(*options, fault=None, **popen):
-    program = [str(ROOT / "train.py")] if fault is None else [__file__, "--child", fault]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *program, *map(str, options)], cwd=ROOT, **pipes, **popen)
+INSIDE = ("writing", "unsynced", "unnamed", "between")  # of saving
 
 
 def finish(process):
@@ -104,10 +101,8 @@ def refused(result, *words):
 
 def metrics(folder):
     """The lines of a run's metrics, without what depends on the machine's speed."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     measured = ("tokens_per_second", "peak_memory", "mfu")
-    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
+    return [{name: value for name, value in line.items() if name not in measured} for line in read_metrics(folder)]
 
 
 def steps_logged(folder):
@@ -115,35 +110,31 @@ def steps_logged(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_step(process, folder, step):
-    while steps_logged(folder) < step and process.poll() is None:
+def wait_for_step(process, folder, step, seconds=math.inf):
+    began = time.monotonic()
+    while steps_logged(folder) < step and process.poll() is None and time.monotonic() < began + seconds:
         time.sleep(0.004)
 
 
 def saved_step(folder):
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return load_checkpoint(folder)[1]["step"]
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
-def flat(value, name=""):
-    """{name: leaf} of nested dicts and lists."""
-    if not isinstance(value, (dict, list, tuple)):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        path: leaf for key, part in items for path, leaf in flat(part, f"{name}.{key}" if name else str(key)).items()
-    }
-
-
-def same(a, b):
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def leaves(value, name=""):
+    """(name, leaf) of nested dicts and lists."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{name}.{key}")
+    else:
+        yield name, value
 
 
 def differences(a, b):
     """What of two checkpoint states is not bit for bit the same, but for the options: names, none where all is."""
-    a, b = ({name: leaf for name, leaf in flat(state).items() if not name.startswith("options.")} for state in (a, b))
+    a, b = ({name: leaf for name, leaf in leaves(state) if not name.startswith(".options.")} for state in (a, b))
+    same = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name])]
 
 
@@ -158,15 +149,20 @@ class Lab:
     rng: random.Random
     kills: int
 
-    @property
-    def undisturbed(self):
-        return self.work / "undisturbed"
+    def __post_init__(self):
+        self.undisturbed = self.work / "undisturbed"
 
-    def start(self, folder, *options, **how):
-        return start(*self.options, *options, "--out_dir", folder, **how)
+    def start(self, folder, *options, fault=None, **popen):
+        """The process of a new run; `fault` is that of `child`."""
+        return self.process(fault, *self.options, *options, "--out_dir", folder, **popen)
 
-    def resume(self, folder, *options, **how):
-        return start("--resume", "--out_dir", folder, *options, **how)
+    def resume(self, folder, *options, fault=None, **popen):
+        return self.process(fault, "--resume", *options, "--out_dir", folder, **popen)
+
+    def process(self, fault, *options, **popen):
+        program = [ROOT / "train.py"] if fault is None else [__file__, "--child", fault]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*map(str, [sys.executable, *program, *options])], cwd=ROOT, **pipes, **popen)
 
     def compare(self, folder):
         """(whether a finished run is the undisturbed one, in words)"""
@@ -183,45 +179,32 @@ class Lab:
         return survived, f"resumed, {words}"
 
 
-INSIDE = ("writing", "unsynced", "unnamed", "between")
-
-
 def kills(lab):
     """SIGKILL, half of the times at a chosen place of saving, the others at any moment of the process's life."""
     folder, total, step, problems = lab.work / "killed", steps_logged(lab.undisturbed), 0, []
     seen = dict.fromkeys(("anywhere", *INSIDE), 0)
     for kill in range(lab.kills):
-        # steps until the next kill: as many kills as asked for fit into the run, and none comes after its end
-        budget = max(2, min(2 * (total - step) // (lab.kills - kill + 1), total - step - 3))
-        kind = "anywhere" if kill % 2 else INSIDE[kill // 2 % len(INSIDE)]
-        if total - step < 5:  # nearly done: a kill that leaves no progress
-            kind, budget = "writing", 2
-        fault = None if kind == "anywhere" else f"{kind}:{lab.rng.randrange(1, budget)}"
+        left = total - step - 8  # so that none comes after the run's end
+        kind = "anywhere" if kill % 2 and left > 0 else INSIDE[kill // 2 % len(INSIDE)]
+        steps = lab.rng.randint(1, max(1, 2 * left // (lab.kills - kill + 1)))
+        fault = None if kind == "anywhere" else f"{kind}:{steps}"
         process = lab.resume(folder, fault=fault) if step else lab.start(folder, "--overwrite", fault=fault)
         if kind == "anywhere":
-            if lab.rng.random() < 0.2:
-                moment = time.monotonic() + lab.rng.uniform(0, 4)  # also while it starts
-                while time.monotonic() < moment and steps_logged(folder) < step + budget - 1:
-                    time.sleep(0.01)
-            else:
-                wait_for_step(process, folder, step + lab.rng.randrange(1, budget))
-                time.sleep(lab.rng.uniform(0, 0.05))
+            while_it_starts = lab.rng.random() < 0.2
+            wait_for_step(process, folder, step + steps, lab.rng.uniform(0, 4) if while_it_starts else math.inf)
+            time.sleep(lab.rng.uniform(0, 0.05))
             process.kill()
         code, errors = finish(process)
         if code != -signal.SIGKILL:
             problems.append(f"kill {kill + 1} ({kind}): exit code {code}, {errors.strip()[-200:]}")
             break
         seen[kind] += 1
-        after = saved_step(folder)
-        if after < step - 1:  # a kill between the renames costs one checkpoint, never two
-            problems.append(f"kill {kill + 1} ({kind}): from step {step} back to {after}")
-        step = after
-    else:
-        survived, words = lab.ends_as_undisturbed(folder)
-        what = ", ".join(f"{number} {kind}" for kind, number in seen.items()) + f"; {words}"
-        yield f"SIGKILL, {lab.kills} times in one run", what, survived and not problems
-    for problem in problems:
-        yield "SIGKILL", problem, False
+        before, step = step, saved_step(folder)
+        if step < before - 1:  # a kill between the renames costs one checkpoint, never two
+            problems.append(f"kill {kill + 1} ({kind}): from step {before} back to {step}")
+    survived, words = lab.ends_as_undisturbed(folder)
+    what = ", ".join(f"{number} {kind}" for kind, number in seen.items()) + f"; {words}"
+    yield f"SIGKILL, {lab.kills} times in one run", "; ".join([what, *problems]), survived and not problems
 
 
 def stale_lock(lab):
@@ -230,10 +213,9 @@ def stale_lock(lab):
     wait_for_step(process, folder, 5)
     process.kill()
     finish(process)
-    there = (folder / "run.lock").exists()
+    there = "was" if (folder / "run.lock").exists() else "was not"
     survived, words = lab.ends_as_undisturbed(folder)
-    what = f"run.lock {'was' if there else 'was not'} left behind; {words}"
-    yield "lock of a killed process", what, survived
+    yield "lock of a killed process", f"run.lock {there} left behind; {words}", survived
 
 
 def signals(lab):
@@ -288,21 +270,26 @@ def full_disk(lab):
         if mounted:
             result = finish(lab.start(folder))
             survived = refused(result, "No space left") or refused(result, "disk is full")
-            step = saved_step(folder)
-            subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
         else:  # every file ends early: the write fails just so
-            import resource
-
             limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
             finish(lab.start(folder, "--max_steps", 4))
             result = finish(lab.resume(folder, "--max_steps", steps_logged(lab.undisturbed), preexec_fn=limit))
-            survived, step = refused(result, "still the one from before"), saved_step(folder)
+            survived = refused(result, "still the one from before")
+        step = saved_step(folder)
+        if mounted:
+            subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
         again, words = lab.ends_as_undisturbed(folder)
         what = f"exit code {result[0]}, one line, checkpoint of step {step} kept; with room again {words}"
         yield f"a full disk ({'tmpfs' if mounted else 'RLIMIT_FSIZE'})", what, survived and again and step > 0
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+def flip(content, bit):
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
 
 
 def damaged(lab):
@@ -325,28 +312,22 @@ def damaged(lab):
     what = f"{number} of {len(lengths)} lengths refused, the checkpoint before named; --resume exit code {result[0]}"
     yield "a truncated checkpoint", what, number == len(lengths) and refused(result, previous)
 
-    outcomes = []
     bits = [lab.rng.randrange(8 * len(whole)) for _ in range(300)]
-    for bit in bits + [8 * (len(whole) - i) - 1 for i in range(1, 72)]:  # the last bytes are the archive's directory
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        outcomes.append(load(flipped))
-    number, harmless = outcomes.count("refused"), outcomes.count("whole")
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    path.write_bytes(flipped)
+    bits += [8 * (len(whole) - i) - 1 for i in range(1, 72)]  # the last bytes are the archive's directory
+    outcomes = [load(flip(whole, bit)) for bit in bits]
+    refusals, harmless = outcomes.count("refused"), outcomes.count("whole")
+    path.write_bytes(flip(whole, 4 * len(whole)))
     result = finish(lab.resume(folder))
     path.unlink()  # as the message says
     survived, words = lab.ends_as_undisturbed(folder)
-    what = f"{number} of {len(outcomes)} bits refused, {harmless} changed no number; --resume exit code {result[0]}; "
-    caught = number + harmless == len(outcomes) and refused(result, previous)
+    what = f"{refusals} of {len(bits)} bits refused, {harmless} changed no number; --resume exit code {result[0]}; "
+    caught = refusals + harmless == len(bits) and refused(result, previous)
     yield "a flipped bit in a checkpoint", f"{what}from the checkpoint before {words}", caught and survived
 
 
 def truncated_data(lab):
-    at = lab.options.index("--data_dir") + 1
     folder, data = lab.work / "cut", lab.work / "data"
-    shutil.copytree(lab.options[at], data)
+    shutil.copytree(lab.options[lab.options.index("--data_dir") + 1], data)
     process = lab.start(folder, "--data_dir", data)
     wait_for_step(process, folder, 10)
     whole = (data / "train.bin").read_bytes()
@@ -368,8 +349,8 @@ def truncated_data(lab):
 def nan(lab):
     folder, step = lab.work / "nan", lab.rng.randrange(5, 15)
     code, errors = finish(lab.start(folder, fault=f"nan:{step}"))
-    named = f"the last good checkpoint is {folder / 'checkpoint.pt'}"
-    named = f"at step {step}: stopped before the update" in errors and named in errors
+    named = f"the last good checkpoint is {folder / 'checkpoint.pt'}" in errors
+    named = named and f"at step {step}: stopped before the update" in errors
     kept = saved_step(folder)
     survived, words = lab.ends_as_undisturbed(folder)
     what = f"exit code {code} at step {step}, checkpoint of step {kept} {'named' if named else 'not named'}; {words}"
@@ -378,10 +359,9 @@ def nan(lab):
 
 def clock(lab):
     folder = lab.work / "clock"
-    code, errors = finish(lab.start(folder, fault="clock:1"))
-    speeds = [json.loads(line)["tokens_per_second"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    code, _ = finish(lab.start(folder, fault="clock:1"))
     survived, words = lab.compare(folder)
-    survived = survived and code == 0 and all(0 < speed < math.inf for speed in speeds)
+    survived = survived and code == 0 and all(0 < line["tokens_per_second"] < math.inf for line in read_metrics(folder))
     yield "clocks (wall and monotonic) that run backwards", f"exit code {code}, the run {words}", survived
 
 
@@ -422,21 +402,26 @@ def main(argv=None):
                 what = what.replace(work, "").replace("|", "/")
                 rows.append([fault, what, "yes" if survived else "**NO**"])
                 print(*rows[-1], sep=" | ", flush=True)
-                write(o, argv, rows, time.monotonic() - began)
+                minutes = (time.monotonic() - began) / 60
+                how = f"`{command('torture.py', argv)}` ({machine()}, {platform.system()}, {minutes:.0f} minutes)"
+                (ROOT / o.results).write_text(report(o, how, rows))
     return int(any(survived != "yes" for *_, survived in rows))
 
 
-def write(o, argv, rows, seconds):
-    text = f"""# What a run survives
+def report(o, how, rows):
+    survived = sum(row[-1] == "yes" for row in rows)
+    lines = "\n".join(table(["fault", "what happened", "survived"], rows))
+    return f"""# What a run survives
 
-`{command("torture.py", argv)}` ({machine()}, {platform.system()}, {seconds / 60:.0f} minutes)
+{how}
 
 Every run: preset {o.preset}, {o.steps} steps, a checkpoint at every step. "Bit-identical": weights, optimiser state,
 random state and every logged number but the speeds equal those of an undisturbed run.
+
+{lines}
+
+{survived} of {len(rows)} survived.
 """
-    survived = sum(row[-1] == "yes" for row in rows)
-    lines = [*table(["fault", "what happened", "survived"], rows), "", f"{survived} of {len(rows)} survived.", ""]
-    (ROOT / o.results).write_text("\n".join([text, *lines]))
 
 
 if __name__ == "__main__":
