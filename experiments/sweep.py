@@ -31,7 +31,7 @@ The data of the tables bytes and cpp-docs there (the second is 16 million tokens
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the finished runs.
-Options it does not know go to train.py. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each
+Options of train.py go to every run. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each
 with its numbers in a .json beside it.
 """
 
@@ -186,8 +186,7 @@ def run_all(runs, jobs, at_end, snapshots=False):
 
     A run that fails, other than by diverging, ends the sweep: SystemExit. However it ends, the runs save and stop.
     """
-    queue = [folder for folder in runs if not finished(folder) and not diverged(folder)]
-    going, taken = {}, {}
+    queue, going, taken = [folder for folder in runs if not finished(folder) and not diverged(folder)], {}, {}
     try:
         while queue or going:
             while queue and len(going) < jobs:
@@ -291,19 +290,12 @@ def summary(root, settings, seeds, own_rates=False):
 def markdown(outcomes):
     """The lines of the table."""
     heads = ["variant", "rate", "validation loss", "bits per byte", "minus MHA, same seed", "p", "spikes", "seeds"]
-    cells = [
-        [
-            name,
-            number(row["learning_rate"], "g"),
-            number(row["mean"], ".4f", row["std"]),
-            number(row["bpb"], ".4f"),
-            number(row["minus_mha"], "+.4f", row["minus_mha_std"]),
-            number(row["p"], ".3g"),
-            str(row["spikes"]),
-            f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"]),
-        ]
-        for name, row in outcomes.items()
-    ]
+    cells = []
+    for name, row in outcomes.items():
+        losses = number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")
+        versus = number(row["minus_mha"], "+.4f", row["minus_mha_std"]), number(row["p"], ".3g")
+        seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
+        cells.append([name, number(row["learning_rate"], "g"), *losses, *versus, str(row["spikes"]), seeds])
     yield from table(heads, cells)
     if counts := sorted({row["n"] for row in outcomes.values() if row["p"] is not None}):
         smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
@@ -368,8 +360,8 @@ def rate_rows(root, settings, seeds, tokens=None):
         warmup = {seed: read_config(folders[seed], "options")["warmup_steps"] for seed in ends}
         row["fits"] = [fit_power_law(*smoothed_curve(read_metrics(folders[seed]), warmup[seed])) for seed in ends]
         row["tokens"] = tokens or max((10 * line["tokens"] for line in ends.values()), default=None)
-        ahead = mean_and_std(power_law(fit, row["tokens"]) for fit in row["fits"])
-        row["extrapolated"], row["extrapolated_std"] = ahead
+        ahead = [power_law(fit, row["tokens"]) for fit in row["fits"]]
+        row["extrapolated"], row["extrapolated_std"] = mean_and_std(ahead)
         row["stable"] = not row["diverged"] and not row["spikes"]
         with torch.device("meta"):
             row["parameters"] = GPT(GPTConfig(**read_config(folders[0], "model"))).n_params()
@@ -424,10 +416,10 @@ def choose_rates(root, settings, seeds, tokens, tolerance):
         choices.append(dict(variant=variant, size=size, **rates, parameters=mine[0]["parameters"]))
     for variant in dict.fromkeys(choice["variant"] for choice in choices):
         known = [choice for choice in choices if choice["variant"] == variant and choice["best"]]
-        known.sort(key=lambda choice: choice["parameters"])
-        parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
         if len(known) < 2:
             continue
+        known.sort(key=lambda choice: choice["parameters"])
+        parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
         constant, exponent = fit_rate_against_size(parameters, rates)
         law = dict(variant=variant, constant=constant, exponent=exponent, sizes=[choice["size"] for choice in known])
         if len(known) > 2:

@@ -130,6 +130,19 @@ def test_every_attention_can_be_swept_with_and_without_head_norm(monkeypatch):
     assert o.max_steps == train.PRESETS["tiny"]["max_steps"] and o.compose == "diagonal"
 
 
+def test_options_of_train_py_go_to_every_run_as_they_were_given():
+    words = "--seeds 1 --qk_norm --weight_decay 0.03 --n_layer 3 --preset tiny --out_dir out/runs"
+    o, given = options.parse_options(sweep.Options, words.split(), train.PRESETS)
+    run = sweep.check_run(Path("out/none"), sweep.passed_on(o, given))
+    assert (run.qk_norm, run.weight_decay, run.n_layer, run.preset, run.max_steps) == (True, 0.03, 3, "tiny", 60)
+
+
+def test_a_line_of_metrics_that_is_half_written_is_left_out(tmp_path):
+    assert report.read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert report.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
 def test_a_size_is_a_preset_or_a_width_and_a_variant_may_cache_fewer_heads():
     options = sweep.Setting("mea@2", 1e-3, "64").options(seed=3)
     assert " ".join(options) == "--attention mea --n_kv_head 2 --n_embd 64 --n_head 4 --learning_rate 0.001 --seed 3"
