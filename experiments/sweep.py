@@ -506,14 +506,13 @@ def draw_curves(plt, data):
     size = (6 + 5 * both, 4 * len(data))
     figure, axes = plt.subplots(len(data), 1 + both, figsize=size, layout="constrained", squeeze=False)
     for (left, *right), (size, lines) in zip(axes, data.items()):
-        mha = lines.get("mha", dict(tokens=[], losses={}))
+        mha = lines["mha"]["losses"] if "mha" in lines else {}
         for i, (name, runs) in enumerate(lines.items()):
             x, style = np.array(runs["tokens"]) / 1e6, line_style(name)
             rate = f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else ""
             label = f"{name}{rate} (n = {len(runs['losses'])})"
             left.plot(x, np.mean([*runs["losses"].values()], axis=0), label=label, **style)
-            same = mha["losses"] if runs["tokens"] == mha["tokens"] else {}
-            paired = [np.subtract(losses, same[seed]) for seed, losses in runs["losses"].items() if seed in same]
+            paired = [np.subtract(losses, mha[seed]) for seed, losses in runs["losses"].items() if seed in mha]
             if right and paired:
                 mean = np.mean(paired, axis=0)
                 reach = mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean

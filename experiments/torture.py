@@ -184,8 +184,8 @@ def kills(lab):
     folder, total, step, problems = lab.work / "killed", steps_logged(lab.undisturbed), 0, []
     seen = dict.fromkeys(("anywhere", *INSIDE), 0)
     for kill in range(lab.kills):
-        left = total - step - 8  # so that none comes after the run's end
-        kind = "anywhere" if kill % 2 and left > 0 else INSIDE[kill // 2 % len(INSIDE)]
+        left = total - step - 8  # near the run's end only kills that leave no progress: none comes after it
+        kind = "writing" if left < 1 else "anywhere" if kill % 2 else INSIDE[kill // 2 % len(INSIDE)]
         steps = lab.rng.randint(1, max(1, 2 * left // (lab.kills - kill + 1)))
         fault = None if kind == "anywhere" else f"{kind}:{steps}"
         process = lab.resume(folder, fault=fault) if step else lab.start(folder, "--overwrite", fault=fault)
