@@ -139,7 +139,8 @@ def differences(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The faults. Each takes a `Lab` and yields rows: (fault, what happened, survived)
+# The faults. Each takes a `Lab` and yields (fault, folder of the run, what happened, whether that was right); where
+# "{}" stands in what happened, the run is resumed if it is not at its end, and compared with the undisturbed one
 
 
 @dataclass
@@ -164,19 +165,17 @@ class Lab:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen([*map(str, [sys.executable, *program, *options])], cwd=ROOT, **pipes, **popen)
 
-    def compare(self, folder):
-        """(whether a finished run is the undisturbed one, in words)"""
-        found = differences(*(load_checkpoint(path)[1] for path in (folder, self.undisturbed)))
-        found += [] if metrics(folder) == metrics(self.undisturbed) else ["logged losses"]
-        return not found, f"not identical: {', '.join(found[:3])}" if found else "bit-identical"
-
-    def ends_as_undisturbed(self, folder):
-        """Resume a run to its end: (survived, in words)."""
-        code, errors = finish(self.resume(folder))
+    def end(self, folder):
+        """(whether a run, resumed if it is not at its end, is the undisturbed one, in words)"""
+        code, errors, resumed = 0, "", saved_step(folder) < saved_step(self.undisturbed)
+        if resumed:
+            code, errors = finish(self.resume(folder))
         if code:
             return False, f"resuming ended with {code}: {errors.strip()[-200:]}"
-        survived, words = self.compare(folder)
-        return survived, f"resumed, {words}"
+        found = differences(*(load_checkpoint(path)[1] for path in (folder, self.undisturbed)))
+        found += [] if metrics(folder) == metrics(self.undisturbed) else ["logged losses"]
+        same = f"not identical: {', '.join(found[:3])}" if found else "bit-identical"
+        return not found, f"resumed, {same}" if resumed else same
 
 
 def kills(lab):
@@ -202,9 +201,8 @@ def kills(lab):
         before, step = step, saved_step(folder)
         if step < before - 1:  # a kill between the renames costs one checkpoint, never two
             problems.append(f"kill {kill + 1} ({kind}): from step {before} back to {step}")
-    survived, words = lab.ends_as_undisturbed(folder)
-    what = ", ".join(f"{number} {kind}" for kind, number in seen.items()) + f"; {words}"
-    yield f"SIGKILL, {lab.kills} times in one run", "; ".join([what, *problems]), survived and not problems
+    what = "; ".join([", ".join(f"{number} {kind}" for kind, number in seen.items()), *problems])
+    yield f"SIGKILL, {lab.kills} times in one run", folder, what + "; {}", not problems
 
 
 def stale_lock(lab):
@@ -214,8 +212,7 @@ def stale_lock(lab):
     process.kill()
     finish(process)
     there = "was" if (folder / "run.lock").exists() else "was not"
-    survived, words = lab.ends_as_undisturbed(folder)
-    yield "lock of a killed process", f"run.lock {there} left behind; {words}", survived
+    yield "lock of a killed process", folder, f"run.lock {there} left behind; {{}}", True
 
 
 def signals(lab):
@@ -226,9 +223,8 @@ def signals(lab):
         process.send_signal(number)
         code, errors = finish(process)
         saved = 0 < saved_step(folder) == steps_logged(folder) and "Traceback" not in errors
-        survived, words = lab.ends_as_undisturbed(folder)
-        what = f"exit code {code}, {'its last step saved' if saved else 'its last step lost'}; {words}"
-        yield number.name, what, code == 128 + number and saved and survived
+        what = f"exit code {code}, its last step {'saved' if saved else 'lost'}; {{}}"
+        yield number.name, folder, what, code == 128 + number and saved
 
 
 def reader(lab):
@@ -237,8 +233,8 @@ def reader(lab):
     process.stdout.readline()
     process.stdout.close()
     code, errors = finish(process)
-    survived, words = lab.compare(folder) if code == 0 else (False, errors.strip()[-200:])
-    yield "a reader of its output that goes away", f"exit code {code}, the run {words}", survived and not errors
+    what = f"exit code {code}, the run {errors.strip()[-200:]}{{}}"
+    yield "a reader of its output that goes away", folder, what, code == 0 and not errors
 
 
 def two_runs(lab):
@@ -250,14 +246,11 @@ def two_runs(lab):
         seconds.append(refused(finish(second()), "another process is at work"))
         process.send_signal(signal.SIGCONT)
     code, _ = finish(process)
-    survived, words = lab.compare(folder) if code == 0 else (False, f"exit code {code}")
-    what = f"{sum(seconds)} of 3 refused, nothing touched: the first ended {words}"
-    yield "a second run on a folder: plain, --resume, --overwrite", what, all(seconds) and survived
+    what = f"{sum(seconds)} of 3 refused, nothing touched: the first ended {{}}"
+    yield "a second run on a folder: plain, --resume, --overwrite", folder, what, all(seconds) and code == 0
     folder = lab.work / "pair"
     codes = sorted(finish(process)[0] for process in [lab.start(folder), lab.start(folder)])
-    survived, words = lab.compare(folder)
-    what = f"exit codes {codes}, the run {words}"
-    yield "two runs started at once on a new folder", what, codes == [0, 2] and survived
+    yield "two runs started at once on a new folder", folder, f"exit codes {codes}, the run {{}}", codes == [0, 2]
 
 
 def full_disk(lab):
@@ -278,9 +271,8 @@ def full_disk(lab):
         step = saved_step(folder)
         if mounted:
             subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
-        again, words = lab.ends_as_undisturbed(folder)
-        what = f"exit code {result[0]}, one line, checkpoint of step {step} kept; with room again {words}"
-        yield f"a full disk ({'tmpfs' if mounted else 'RLIMIT_FSIZE'})", what, survived and again and step > 0
+        what = f"exit code {result[0]}, one line, checkpoint of step {step} kept; with room again {{}}"
+        yield f"a full disk ({'tmpfs' if mounted else 'RLIMIT_FSIZE'})", folder, what, survived and step > 0
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
@@ -310,7 +302,7 @@ def damaged(lab):
     number = sum(load(whole[:length]) == "refused" for length in lengths)
     result = finish(lab.resume(folder))
     what = f"{number} of {len(lengths)} lengths refused, the checkpoint before named; --resume exit code {result[0]}"
-    yield "a truncated checkpoint", what, number == len(lengths) and refused(result, previous)
+    yield "a truncated checkpoint", folder, what, number == len(lengths) and refused(result, previous)
 
     bits = [lab.rng.randrange(8 * len(whole)) for _ in range(300)]
     bits += [8 * (len(whole) - i) - 1 for i in range(1, 72)]  # the last bytes are the archive's directory
@@ -319,10 +311,10 @@ def damaged(lab):
     path.write_bytes(flip(whole, 4 * len(whole)))
     result = finish(lab.resume(folder))
     path.unlink()  # as the message says
-    survived, words = lab.ends_as_undisturbed(folder)
     what = f"{refusals} of {len(bits)} bits refused, {harmless} changed no number; --resume exit code {result[0]}; "
+    what += "from the checkpoint before {}"
     caught = refusals + harmless == len(bits) and refused(result, previous)
-    yield "a flipped bit in a checkpoint", f"{what}from the checkpoint before {words}", caught and survived
+    yield "a flipped bit in a checkpoint", folder, what, caught
 
 
 def truncated_data(lab):
@@ -336,14 +328,11 @@ def truncated_data(lab):
     step = saved_step(folder)
     result = finish(lab.resume(folder))
     (data / "train.bin").write_bytes(whole)
-    survived, words = lab.ends_as_undisturbed(folder)
-    name = f"dies of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    what = (
-        f"the run {name} at its next look (a memory map has no other way), the checkpoint of step {step} is whole; "
-        f"--resume exit code {result[0]}, names the file; with the file restored {words}"
-    )
-    survived = survived and code != 0 and step > 0 and refused(result, "train.bin", "truncated")
-    yield "train.bin truncated under a run", what, survived
+    died = f"dies of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    what = f"the run {died} at its next look (a memory map has no other way), the checkpoint of step {step} is whole; "
+    what += f"--resume exit code {result[0]}, names the file; with the file restored {{}}"
+    caught = code != 0 and step > 0 and refused(result, "train.bin", "truncated")
+    yield "train.bin truncated under a run", folder, what, caught
 
 
 def nan(lab):
@@ -352,17 +341,15 @@ def nan(lab):
     named = f"the last good checkpoint is {folder / 'checkpoint.pt'}" in errors
     named = named and f"at step {step}: stopped before the update" in errors
     kept = saved_step(folder)
-    survived, words = lab.ends_as_undisturbed(folder)
-    what = f"exit code {code} at step {step}, checkpoint of step {kept} {'named' if named else 'not named'}; {words}"
-    yield "NaN in a gradient", what, code == 1 and named and kept == step - 1 and survived
+    what = f"exit code {code} at step {step}, checkpoint of step {kept} {'named' if named else 'not named'}; {{}}"
+    yield "NaN in a gradient", folder, what, code == 1 and named and kept == step - 1
 
 
 def clock(lab):
     folder = lab.work / "clock"
     code, _ = finish(lab.start(folder, fault="clock:1"))
-    survived, words = lab.compare(folder)
-    survived = survived and code == 0 and all(0 < line["tokens_per_second"] < math.inf for line in read_metrics(folder))
-    yield "clocks (wall and monotonic) that run backwards", f"exit code {code}, the run {words}", survived
+    right = code == 0 and all(0 < line["tokens_per_second"] < math.inf for line in read_metrics(folder))
+    yield "clocks (wall and monotonic) that run backwards", folder, f"exit code {code}, the run {{}}", right
 
 
 ALL = (kills, stale_lock, signals, reader, two_runs, full_disk, damaged, truncated_data, nan, clock)
@@ -398,9 +385,11 @@ def main(argv=None):
         if code:
             raise SystemExit(f"error: the undisturbed run ended with {code}: {errors}")
         for name in chosen:
-            for fault, what, survived in FAULTS[name](lab):
-                what = what.replace(work, "").replace("|", "/")
-                rows.append([fault, what, "yes" if survived else "**NO**"])
+            for fault, folder, what, survived in FAULTS[name](lab):
+                if "{}" in what:
+                    ended, words = lab.end(folder)
+                    what, survived = what.replace("{}", words), survived and ended
+                rows.append([fault, what.replace(work, "").replace("|", "/"), "yes" if survived else "**NO**"])
                 print(*rows[-1], sep=" | ", flush=True)
                 minutes = (time.monotonic() - began) / 60
                 how = f"`{command('torture.py', argv)}` ({machine()}, {platform.system()}, {minutes:.0f} minutes)"
