@@ -58,7 +58,7 @@ def execute(*command):
 
 
 def need_kernels(piece):
-    if not CUDA and kernels.triton is not None and not kernels.triton.knobs.runtime.interpret:
+    if not CUDA and (kernels.triton is None or not kernels.triton.knobs.runtime.interpret):
         fail(f"on a CPU the kernels run interpreted: TRITON_INTERPRET=1 python experiments/gpu.py {piece} --rehearse")
 
 
@@ -231,11 +231,8 @@ def questions(o):
     """
     shape = "--n_layer 8 --n_head 8 --n_embd 512 --block_size 1024 --batch_size 32 --warmup_steps 100 --max_steps 1600"
     shape += " --eval_every 200 --save_every 100 --eval_windows 128 --compile"
-    large, rates, seeds = (
-        "--preset base --grad_accum 1 --max_steps 1600 --save_every 100 --compile",
-        "1e-3,2e-3,4e-3",
-        3,
-    )
+    large = "--preset base --grad_accum 1 --max_steps 1600 --save_every 100 --compile"
+    rates, seeds = "1e-3,2e-3,4e-3", 3
     if o.rehearse:
         shape = large = "--preset tiny --max_steps 4 --eval_every 2"
         rates, seeds = "2e-3", 1

@@ -172,7 +172,7 @@ def time_jobs(jobs, device, rounds):
         except (RuntimeError, ValueError, NotImplementedError) as error:
             print(f"  {name}: {str(error).splitlines()[0][:100]}", flush=True)
     taken = in_turns(runs, rounds)
-    base = next(iter(taken.values()))
+    base = next(iter(taken.values()), None)
     middle = statistics.median
     return [(name, jobs[name][1], middle(times), ratio_quartiles(times, base)) for name, times in taken.items()]
 
