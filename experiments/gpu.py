@@ -24,7 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import RESULTS, ROOT, in_turns, program, read_metrics, timed
+from experiments.report import ROOT, in_turns, program, read_metrics, timed
 from options import fail, option, parse_options, run_program, say
 
 import torch
@@ -36,17 +36,19 @@ from experiments import minutes
 from experiments.roofline import attention_jobs, decode_jobs, random_heads, time_jobs
 from kernels import causal_attention, mea_attention, rms_norm
 
-OUT = ROOT / "out/gpu"
 CUDA = torch.cuda.is_available()
-DEVICE, DTYPE, WRITTEN = ("cuda", torch.bfloat16, RESULTS / "gpu") if CUDA else ("cpu", torch.float32, OUT)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+OUT = Path("out/gpu")  # in the repository's root, as all commands here are
+WRITTEN = Path("experiments/results/gpu") if CUDA else OUT
 
 
 def write(name, **row):
     """Append a result to a file of JSON lines, and show it."""
-    WRITTEN.mkdir(parents=True, exist_ok=True)
+    path = ROOT / WRITTEN / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name() if CUDA else "CPU, a rehearsal"
     how = dict(card=card, torch=torch.__version__, triton=getattr(kernels.triton, "__version__", None))
-    with open(WRITTEN / f"{name}.jsonl", "a") as file:
+    with open(path, "a") as file:
         file.write(json.dumps({**how, **row}) + "\n")
     say(json.dumps(row))
 
@@ -211,7 +213,7 @@ def train(o):
     shape += f" --max_steps {steps} --eval_every {steps} --save_every {steps}"
     for variant in ("mha", "mea", "dfa", "tha"):
         run = ["--attention", variant, "--overwrite", "--out_dir", OUT / variant]
-        code, lines = execute("train.py", *run, *shape.split()), read_metrics(OUT / variant)
+        code, lines = execute("train.py", *run, *shape.split()), read_metrics(ROOT / OUT / variant)
         speed = statistics.median(line["tokens_per_second"] for line in lines[len(lines) // 2 :])
         write("train", variant=variant, code=code, tokens_per_second=speed, last=lines[-1])
     if o.nanogpt:
@@ -243,7 +245,7 @@ def questions(o):
         "beyond": f"{cells} {beyond} {shape}",
         "large": f"--variants mha,mea --seeds 1 {large}",
     }.items():
-        where = ["--data_dir", o.data_dir, "--out_dir", OUT / name, "--results", WRITTEN.relative_to(ROOT) / name]
+        where = ["--data_dir", o.data_dir, "--out_dir", OUT / name, "--results", WRITTEN / name]
         execute("experiments/sweep.py", *options.split(), *where)
 
 
@@ -254,7 +256,7 @@ def compress(o):
         out = OUT / f"half-{method}"
         given = ["--checkpoint", o.checkpoint, "--data_dir", o.data_dir, "--method", method, "--out_dir", out]
         code = execute("compress.py", *given, *windows.split(), *heal.split())
-        write("compress", method=method, code=code, loss=json.loads((out / "report.json").read_text())["loss"])
+        write("compress", method=method, code=code, loss=json.loads((ROOT / out / "report.json").read_text())["loss"])
 
 
 PIECES = dict(correct=correct, kernels=time_kernels, tune=tune, train=train, questions=questions, compress=compress)
