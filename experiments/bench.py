@@ -376,6 +376,7 @@ def measure(o, chosen, device, results, how):
                 yield table_line(measured)
 
     heads = ["what", "variant", "time or memory", "ratio to", "ratio", "tokens/s", "cached bytes a token"]
+    print(f"{how}{note}\n")
     lines = print_table(heads, cells())
     write_results(results, how, lines, note, threads=threads, dtype=str(dtype), rows=rows)
     print(save_picture(results.with_suffix(".png"), lambda plt: draw(plt, rows)))
