@@ -349,6 +349,16 @@ def test_kernel_timings_compare_every_path_with_plain_attention(capsys):
             assert "SDPA alone" not in name and float(ms) >= 0 and 0 < low <= middle <= high
 
 
+def test_a_path_that_cannot_run_here_is_left_out_and_said(capsys):
+    def refuse():
+        raise ValueError("no such backend\nand more")
+
+    jobs = {"refused": (refuse, None), "first": (lambda: sum(range(9)), "cost"), "second": (lambda: None, None)}
+    (first, cost, seconds, ratio), second = roofline.time_jobs(jobs, "cpu", rounds=2)
+    assert (first, cost, ratio, second[0]) == ("first", "cost", [1, 1, 1], "second") and seconds > 0
+    assert capsys.readouterr().out == "  refused: no such backend\n"
+
+
 @pytest.mark.parametrize(
     ("given", "target"), [("--kernels", "sm_90"), ("--aot sm_80", "sm_80"), ("--kernels --aot sm_80", "sm_80")]
 )
