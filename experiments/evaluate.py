@@ -59,8 +59,7 @@ class Harness(TemplateLM):
     """A model as the harness asks it; the harness encodes contexts and continuations and makes the rolling windows.
 
     `start` begins every text, as Hugging Face models expect; where it is empty, a text without context follows the
-    end-of-text token. Any of `end_tokens` ends a generated text. All methods raise ValueError for logits that are not
-    finite.
+    end-of-text token. Any of `end_tokens` ends a generated text. Raises ValueError for logits that are not finite.
     """
 
     def __init__(self, model, tokenizer, start=(), end_tokens=None, batch_size=16):
@@ -97,6 +96,9 @@ class Harness(TemplateLM):
             windows = get_rolling_token_windows(continuation, context[-1], self.max_length, context_len=1)
             yield from map(make_disjoint_window, windows)
 
+    def batches(self, order, what, disable_tqdm):
+        return tqdm([*order.get_batched(n=self.batch_size)], desc=what, mininterval=10, disable=disable_tqdm)
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """[(log-likelihood in nats, whether each token is the likeliest)] of (strings, context ids, ids) requests."""
@@ -105,8 +107,8 @@ class Harness(TemplateLM):
             for before, targets in self.windows(context, continuation):
                 rows.append((index, (before + targets)[-self.max_length - 1 : -1], targets))
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
-        progress = tqdm(total=len(rows), desc="log-likelihoods", mininterval=10, disable=disable_tqdm)
-        for batch in Collator(rows, sort_fn=lambda row: -len(row[1])).get_batched(n=self.batch_size):
+        order = Collator(rows, sort_fn=lambda row: -len(row[1]))
+        for batch in self.batches(order, "log-likelihoods", disable_tqdm):
             inputs = pad_sequence([torch.tensor(ids) for _, ids, _ in batch], batch_first=True)  # (B, T)
             hidden = self.model.hidden(inputs.to(self.device))  # (B, T, C); causality hides the padding on the right
             for (index, ids, targets), x in zip(batch, hidden):
@@ -116,8 +118,6 @@ class Harness(TemplateLM):
                 wanted = torch.tensor(targets, device=self.device, dtype=torch.long)
                 totals[index] += logits.log_softmax(-1).gather(-1, wanted[:, None]).double().sum().item()
                 greedy[index] &= bool((logits.argmax(-1) == wanted).all())
-            progress.update(len(batch))
-        progress.close()
         return list(zip(totals, greedy))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -131,27 +131,19 @@ class Harness(TemplateLM):
 
         A context that leaves no room for max_gen_toks is cut from the left, to half the block size at most.
         """
-        texts, limit = [], self.max_length
-        order = Collator(
-            [request.args for request in requests],
-            sort_fn=lambda request: -len(request[0]),
-            group_by="gen_kwargs",  # only equal settings share a batch
-            group_fn=lambda request: request[1],
-        )
-        progress = tqdm(total=len(requests), desc="generation", mininterval=10, disable=disable_tqdm)
-        for batch in order.get_batched(n=self.batch_size):
+        texts, limit, longest = [], self.max_length, lambda request: -len(request[0])
+        same = dict(group_by="gen_kwargs", group_fn=lambda request: request[1])  # only equal settings share a batch
+        order = Collator([request.args for request in requests], sort_fn=longest, **same)
+        for batch in self.batches(order, "generation", disable_tqdm):
             until, sampling = generation_settings(batch[0][1])
-            room = max(limit - sampling["max_new_tokens"], limit // 2, 1)
-            contexts = [self.tok_encode(context, add_special_tokens=False) for context, _ in batch]
-            kept = max(1, room - len(self.start))
-            contexts = [[*self.start, *ids[-kept:]] or self.prefix for ids in contexts]
+            kept = max(1, limit - sampling["max_new_tokens"], limit // 2) - len(self.start)
+            contexts = [self.tok_encode(context, add_special_tokens=False)[-max(1, kept) :] for context, _ in batch]
+            contexts = [[*self.start, *ids] or self.prefix for ids in contexts]
             new = self.model.generate(contexts, **sampling, seed=len(texts), stop_tokens=self.end_tokens)
             for context, ids in zip(contexts, new):  # decoded behind the context: SentencePiece spells a space by it
                 before = context[-8:]
                 text = self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
                 texts.append(postprocess_generated_text(text, until, think_end_token=None))
-            progress.update(len(batch))
-        progress.close()
         return order.get_original(texts)
 
 
@@ -174,29 +166,28 @@ def load_tasks(names, include_path=None):
     manager, tasks = TaskManager(include_path=include_path), {}
     for name in names:
         if name not in manager.all_tasks:
-            where = f"lm-eval{f' and {include_path} have' if include_path else ' has'} none of that name"
-            raise ValueError(f"no task {name!r}: {where}")
+            raise ValueError(f"no task {name!r}: neither lm-eval nor --include_path has one of that name")
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # whatever the network, a data set's own code or a YAML file came to
-            why = f"{type(error).__name__}: {str(error)[:200]}"
             how = "without a network, its data has to be local: --include_path FOLDER with a YAML file of a task over"
             how += " JSON lines (dataset_path: json), as --help shows"
-            raise ValueError(f"task {name} cannot be loaded ({why}); {how}") from error
+            raise ValueError(
+                f"task {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}); {how}"
+            ) from error
     return list(tasks.values())
 
 
 def run_tasks(harness, tasks, limit=None, num_fewshot=None):
     """{task: {metric: (value, standard error or None)}} of one model."""
     results = simple_evaluate(harness, tasks=tasks, limit=limit, num_fewshot=num_fewshot, log_samples=False)["results"]
-    scores = {}
+    scores = {task: {} for task in results}
     for task, values in results.items():
-        numbers = {key: value for key, value in values.items() if isinstance(value, float)}  # some errors are "N/A"
-        scores[task] = {
-            key.removesuffix(",none"): (value, numbers.get("{}_stderr,{}".format(*key.split(",", 1))))
-            for key, value in numbers.items()
-            if "_stderr" not in key
-        }
+        for key, value in values.items():  # "acc,none" and "acc_stderr,none", with the filter's name; or other things
+            name, _, answers = key.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr,{answers}")  # may be "N/A"
+                scores[task][key.removesuffix(",none")] = value, error if isinstance(error, float) else None
     return scores
 
 
@@ -241,26 +232,22 @@ class Options:
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    paths, names = (list(dict.fromkeys(filter(None, text.split(",")))) for text in (o.checkpoints, o.tasks))
-    out, results = Path(o.out), {}
+    paths, out, results = o.checkpoints.split(","), Path(o.out), {}
+    if TemplateLM is object:
+        fail("evaluating on tasks needs lm-eval: pip install lm-eval")
+    if o.include_path and not Path(o.include_path).is_dir():
+        fail(f"include_path {o.include_path} is not a folder")
+    if out.is_dir():
+        fail(f"out {out} is a folder: name a file")
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    for library in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        if not paths or not names:
-            raise ValueError("give at least one checkpoint and one task")
-        if o.include_path and not Path(o.include_path).is_dir():
-            raise ValueError(f"include_path {o.include_path} is not a folder")
-        if out.is_dir():
-            raise ValueError(f"out {out} is a folder: name a file")
-        if TemplateLM is object:
-            raise ValueError("evaluating on tasks needs lm-eval: pip install lm-eval")
         device = choose_device(o.device)
-        if o.threads:
-            torch.set_num_threads(o.threads)
         for path in paths:  # all of them before any work, and one in memory at a time
             open_model(path, device)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for library in ("lm_eval", "datasets", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        tasks = load_tasks(names, o.include_path or None)
+        tasks = load_tasks(o.tasks.split(","), o.include_path or None)
         for path in paths:
             print(path, file=sys.stderr)
             results[path] = run_tasks(Harness(*open_model(path, device), o.batch_size), tasks, o.limit, o.num_fewshot)
@@ -272,6 +259,7 @@ def main(argv=None):
             results=results,
             average={path: average(scores) for path, scores in results.items()},
         )
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:
         fail(error)

@@ -8,6 +8,9 @@ on a CPU; both with batch, steps, warm-up and evaluations of the default preset,
 results hold already is not repeated. It runs the checkout's code.
 """
 
+from experiments.report import ROOT, finish_axes, program, table, write_results
+from options import fail, parse_options, save_picture
+
 import contextlib
 import json
 import os
@@ -19,16 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 import train
-from experiments.report import machine, table
-from options import parse_options, save_picture
 
 SETTINGS, _ = parse_options(train.Options, [], train.PRESETS)  # of the default preset
 RATES = 1e-3, 3e-3, 6e-3
-OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
 NANOGPT = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
 
 
@@ -49,13 +48,13 @@ def nanogpt_with_our_tokens(checkout):
         yield folder
 
 
-def nanogpt_command(rate):
+def nanogpt_command(rate, **changes):
     fields = {name: getattr(SETTINGS, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
     fields |= dict(dataset="nanomea", device="cpu", compile=False, gradient_accumulation_steps=1, dropout=0.0)
-    fields |= dict(learning_rate=rate, min_lr=rate / 10, warmup_iters=SETTINGS.warmup_steps)
+    fields |= dict(learning_rate=rate, min_lr=rate / 10, warmup_iters=SETTINGS.warmup_steps, log_interval=1000)
     fields |= dict(max_iters=SETTINGS.max_steps, lr_decay_iters=SETTINGS.max_steps)
     fields |= dict(eval_interval=SETTINGS.eval_every, eval_iters=SETTINGS.eval_windows // SETTINGS.batch_size)
-    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in fields.items()), "--log_interval=1000"]
+    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in {**fields, **changes}.items())]
 
 
 def cpu_minutes(pid):
@@ -74,71 +73,61 @@ def follow(command, folder, threads, pattern):
                 minutes = dict(minutes=(time.perf_counter() - began) / 60, cpu_minutes=cpu_minutes(process.pid))
                 points.append(dict(step=int(found[1]), loss=float(found[2]), **minutes))
     if process.returncode:
-        raise ValueError(f"{' '.join(command)} ended with exit code {process.returncode}: {line.strip()}")
+        fail(f"{' '.join(command)} ended with exit code {process.returncode}: {line.strip()}")
     return points
 
 
 def measure(checkout, threads, results, how):
-    """Run what `results`.json does not hold yet; write table and picture. Raises ValueError where a run fails."""
+    """Run what `results`.json does not hold yet; write table and picture."""
     path = results.with_suffix(".json")
-    content = json.loads(path.read_text()) if path.is_file() else dict(command=how, machine=machine(), runs=[])
-    done = {(run["name"], run["threads"]) for run in content["runs"]}
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    done = {(run["name"], run["threads"]) for run in runs}
     with tempfile.TemporaryDirectory() as out, nanogpt_with_our_tokens(checkout) as theirs:
-        jobs = {}
-        for name in ("mha", "mea"):
-            options = ["--attention", name, "--threads", str(threads), "--out_dir", f"{out}/{name}"]
-            jobs[name] = [sys.executable, "train.py", *options], ROOT, OURS
-        for rate in RATES:
-            jobs[f"nanoGPT, rate {rate:g}"] = nanogpt_command(rate), theirs, NANOGPT
+        jobs = {f"nanoGPT, rate {rate:g}": (nanogpt_command(rate), theirs, NANOGPT) for rate in RATES}
+        for name in ("mea", "mha"):
+            ours = program("train.py", "--attention", name, "--threads", threads, "--out_dir", f"{out}/{name}")
+            jobs = {name: (ours, ROOT, OURS), **jobs}
         for name, (command, folder, pattern) in jobs.items():
             if (name, threads) not in done:
                 print(f"{name}, {threads} threads", flush=True)
-                content["runs"].append(
-                    dict(name=name, threads=threads, points=follow(command, folder, threads, pattern))
-                )
-                path.write_text(json.dumps(content, indent=1) + "\n")
-    lines = list(report(content))
-    results.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(save_picture(results.with_suffix(".png"), lambda plt: draw(content["runs"], plt)))
+                runs.append(dict(name=name, threads=threads, points=follow(command, folder, threads, pattern)))
+                note = ". One thread: minutes of CPU time; more: of the clock."
+                write_results(results, how, report(runs), note, runs=runs)
+    print("\n".join(report(runs)))
+    print(save_picture(results.with_suffix(".png"), lambda plt: draw(plt, runs)))
 
 
-def minutes_of(point, threads):
-    """CPU minutes of one thread, which other work on the machine does not lengthen; the clock's of several."""
-    return point["cpu_minutes"] if threads == 1 else point["minutes"]
+def curve(run):
+    """[(minutes, loss)]: of CPU time on one thread, which other work does not lengthen; of the clock on several."""
+    clock = "cpu_minutes" if run["threads"] == 1 else "minutes"
+    return [(point[clock], point["loss"]) for point in run["points"]]
 
 
-def report(content):
-    yield f"`{content['command']}` ({content['machine']}). One thread: minutes of CPU time; more: of the clock."
-    yield ""
-    ends = {(run["name"], run["threads"]): run["points"][-1]["loss"] for run in content["runs"]}
+def report(runs):
+    """The lines of the table."""
     rows = []
-    for run in content["runs"]:
-        theirs = [loss for (name, threads), loss in ends.items() if "nanoGPT" in name and threads == run["threads"]]
-        target = min(theirs, default=0)
-        reached = next((p for p in run["points"] if p["loss"] <= target), None)
-        last = run["points"][-1]
-        reach = f"{minutes_of(reached, run['threads']):.1f}" if reached else ""
-        rows.append(
-            [run["name"], str(run["threads"]), f"{last['loss']:.2f}", f"{minutes_of(last, run['threads']):.1f}", reach]
-        )
-    yield from table(["run", "threads", "validation loss", "minutes", "minutes to nanoGPT's best loss"], rows)
+    for run in runs:
+        beside = [curve(other)[-1][1] for other in runs if other["threads"] == run["threads"] and is_nanogpt(other)]
+        minutes, loss = curve(run)[-1]
+        reached = next((f"{minutes:.1f}" for minutes, loss in curve(run) if loss <= min(beside, default=0)), "")
+        rows.append([run["name"], str(run["threads"]), f"{loss:.2f}", f"{minutes:.1f}", reached])
+    return [*table(["run", "threads", "validation loss", "minutes", "minutes to nanoGPT's best loss"], rows)]
 
 
-def draw(runs, plt):
+def is_nanogpt(run):
+    return run["name"].startswith("nanoGPT")
+
+
+def draw(plt, runs):
     counts = [run["threads"] for run in runs if run["name"].endswith(f"{RATES[-1]:g}")]  # those that are complete
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4), layout="constrained", squeeze=False)
     for ax, threads in zip(axes[0], counts):
         for run in (run for run in runs if run["threads"] == threads):
-            theirs = run["name"].startswith("nanoGPT")
-            points = [(minutes_of(point, threads), point["loss"]) for point in run["points"] if point["step"] > 1]
-            ax.plot(*zip(*points), "o--" if theirs else "o-", ms=3, label=run["name"], alpha=0.7 if theirs else 1)
-        title = "one thread" if threads == 1 else f"{threads} threads"
-        ax.set(
-            xlabel="minutes",
-            ylabel="validation loss, nats per token",
-            title=f"{SETTINGS.max_steps} steps of the same tokens, {title}",
+            points = curve(run)[run["points"][0]["step"] <= 1 :]
+            style = dict(ls="--", alpha=0.7) if is_nanogpt(run) else {}
+            ax.plot(*zip(*points), marker="o", ms=3, label=run["name"], **style)
+        title = (
+            f"{SETTINGS.max_steps} steps of the same tokens, {'one thread' if threads == 1 else f'{threads} threads'}"
         )
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        finish_axes(ax, xlabel="minutes", ylabel="validation loss, nats per token", title=title)
     return figure

@@ -4,38 +4,40 @@
 
 The code under "Your own optimiser" in README.md takes the place of `train.make_optimizer`, as if it stood there. Every
 run has a folder under --out_dir; finished ones are kept and interrupted ones go on, so the command can be repeated
-until it is done. The table in experiments/results/optimisers.md is of the finished runs. Options that are not below go
-to train.py.
+until it is done. The table in experiments/results/optimisers.md is of the finished runs. Options that are not its own
+go to train.py.
 """
 
-import argparse
 import json
 import re
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from options import OneLineParser, run_program  # before torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import RESULTS, ROOT, command, mean_and_std, number, table, write_results
+from options import option, parse_options, run_program
 
 import torch
 
 import train
-from experiments.report import command, machine, mean_and_std, number, table
-from experiments.sweep import finished
+from experiments.sweep import finished, passed_on
 from model import GPT, PRESETS, GPTConfig
 
-RESULTS = ROOT / "experiments/results/optimisers"
+
+@dataclass
+class Options(train.Options):
+    runs: str = option("adamw@1.2e-2,muon@6e-3,muon@1.2e-2,muon@2.5e-2", "optimisers and their rates")
+    seeds: int = option(3, "seeds 0 to 2 of each", least=1, most=3)
+    out_dir: str = option("out/optimisers", "where the run folders go")
 
 
-def code_blocks(section, language="python", text=None):
+def code_blocks(section, language="python"):
     """The fenced code blocks in a section of README.md, e.g. "Your own optimiser"."""
-    text = (ROOT / "README.md").read_text() if text is None else text
-    body = re.split(r"^## ", text.split(f"\n## {section}\n")[1], flags=re.M)[0]
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", body, flags=re.M | re.S)
-    return [code for name, code in blocks if name == language]
+    body = re.split(r"^## ", (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1], flags=re.M)[0]
+    return [code for name, code in re.findall(r"^```(\w*)\n(.*?)^```", body, flags=re.M | re.S) if name == language]
 
 
 def shown_optimizer():
@@ -43,13 +45,6 @@ def shown_optimizer():
     names = dict(vars(train))
     exec(code_blocks("Your own optimiser")[0], names)
     return names["make_optimizer"]
-
-
-def run(folder, make_optimizer, rate, seed, rest):
-    """Train, or go on training, with another optimiser."""
-    train.make_optimizer = make_optimizer
-    how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *rest]
-    train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
 
 
 def update_ms(make_optimizer):
@@ -68,51 +63,46 @@ def update_ms(make_optimizer):
 
 def write(losses, times, how):
     """Write the table. `losses`: {(optimiser, rate): {seed: loss}}; differences are to the preset's, by seed."""
-    preset = json.loads((RESULTS.parent / "losses.json").read_text())["table"]["mea"]["losses"]
+    preset = json.loads((RESULTS / "losses.json").read_text())["table"]["mea"]["losses"]
     rows, cells = [], []
     for (optimiser, rate), ends in {("adamw", 6e-3): preset, **losses}.items():
-        row = dict(optimiser=optimiser, learning_rate=rate, losses=ends, update_ms=times[optimiser])
-        row["mean"], row["std"] = mean_and_std(ends.values())
-        paired = [loss - preset[seed] for seed, loss in ends.items()] if ends is not preset else []
-        row["minus_adamw"], row["minus_adamw_std"] = mean_and_std(paired)
-        rows.append(row)
-        loss, minus = (row["mean"], ".4f", row["std"]), (row["minus_adamw"], "+.4f", row["minus_adamw_std"])
-        cells.append([optimiser, f"{rate:g}", number(*loss), number(*minus), f"{times[optimiser]:.1f}", str(len(ends))])
-    content = dict(command=how, machine=machine(), rows=rows)
-    RESULTS.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+        mean, std = mean_and_std(ends.values())
+        minus, minus_std = mean_and_std([] if ends is preset else [loss - preset[seed] for seed, loss in ends.items()])
+        row = dict(optimiser=optimiser, learning_rate=rate, losses=ends, update_ms=times[optimiser], mean=mean, std=std)
+        rows.append(row | dict(minus_adamw=minus, minus_adamw_std=minus_std))
+        figures = number(mean, ".4f", std), number(minus, "+.4f", minus_std), f"{times[optimiser]:.1f}"
+        cells.append([optimiser, f"{rate:g}", *figures, str(len(ends))])
     heads = ["optimiser", "rate", "validation loss", "minus AdamW at 0.006, same seed", "ms an update", "seeds"]
     note = "Mean ± standard deviation over seeds. AdamW at 0.006 is `losses.json`."
-    text = "\n".join(table(heads, cells)) + f"\n\n{note}"
-    RESULTS.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
+    write_results(RESULTS / "optimisers", how, [*table(heads, cells), "", note], rows=rows)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    every = "adamw@1.2e-2,muon@6e-3,muon@1.2e-2,muon@2.5e-2"
-    parser.add_argument("--runs", default=every, help="optimisers and their rates (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to 2 of each (default 3)")
-    parser.add_argument("--out_dir", default="out/optimisers", help="where the run folders go (default %(default)s)")
-    o, rest = parser.parse_known_args(argv)
+    o, given = parse_options(Options, argv, train.PRESETS)
     optimisers = dict(adamw=train.make_optimizer, muon=shown_optimizer())
-    runs = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
-    folder = lambda name, rate, seed: ROOT / o.out_dir / f"{name}-lr{rate:g}-seed{seed}"
     times = {name: update_ms(make) for name, make in optimisers.items()}
+    named = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
+    runs = {
+        (*each, seed): ROOT / o.out_dir / f"{each[0]}-lr{each[1]:g}-seed{seed}"
+        for seed in range(o.seeds)
+        for each in named
+    }
 
     def tabulate():
-        ends = {each: {str(seed): finished(folder(*each, seed)) for seed in range(o.seeds)} for each in runs}
-        losses = {each: {seed: end["val_loss"] for seed, end in by.items() if end} for each, by in ends.items()}
-        write({each: by for each, by in losses.items() if by}, times, command("optimisers.py", argv))
+        losses = {}
+        for (name, rate, seed), folder in runs.items():
+            if end := finished(folder):
+                losses.setdefault((name, rate), {})[str(seed)] = end["val_loss"]
+        write(losses, times, command("optimisers.py", argv))
 
     tabulate()
-    for seed in range(o.seeds):
-        for name, rate in runs:
-            if not finished(folder(name, rate, seed)):
-                run(folder(name, rate, seed), optimisers[name], rate, seed, rest)
-                tabulate()
-    print(RESULTS.with_suffix(".md").read_text())
+    for (name, rate, seed), folder in runs.items():
+        if not finished(folder):
+            train.make_optimizer = optimisers[name]
+            how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *passed_on(o, given)]
+            train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
+            tabulate()
+    print((RESULTS / "optimisers.md").read_text())
 
 
 if __name__ == "__main__":

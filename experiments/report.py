@@ -1,10 +1,21 @@
-"""What the experiments share: how a result was made, Markdown tables."""
+"""What the experiments share: runs and their metrics, times in turns, statistics, tables, files of results."""
 
+import options  # noqa: F401 (before torch)
+
+import contextlib
+import json
 import platform
 import statistics
 import sys
+import time
+from pathlib import Path
 
 import torch
+
+from options import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
 
 
 def command(program, argv=None):
@@ -14,6 +25,66 @@ def command(program, argv=None):
 
 def machine():
     return f"{platform.machine()} CPU, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def program(name, *arguments):
+    """The command of a program of this repository, for `subprocess` in its root."""
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics; none if it has not begun. The last one may be half-written: it is left out."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+            lines.append(json.loads(line))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times. A machine's speed drifts: what is compared is measured in turns, and its ratios are taken turn by turn
+
+
+def in_turns(jobs, rounds, warm_up=2):
+    """{name: values of `rounds` calls}, all jobs called once before any is called again."""
+    values = {name: [] for name in jobs}
+    for _ in range(warm_up + rounds):
+        for name, job in jobs.items():
+            values[name].append(job())
+    return {name: taken[warm_up:] for name, taken in values.items()}
+
+
+def ratio_quartiles(seconds, baseline):
+    """[low, median, high] of the ratios of times, round by round."""
+    return statistics.quantiles([a / b for a, b in zip(seconds, baseline)], n=4)
+
+
+def timed(function, device="cpu"):
+    """A job for `in_turns`: the seconds of one call, with a GPU's L2 cache flushed before it."""
+
+    def on_cpu():
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    if device == "cpu":
+        return on_cpu
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def on_gpu():
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return on_gpu
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and files
 
 
 def mean_and_std(values):
@@ -33,3 +104,27 @@ def table(heads, rows):
     yield "|" + "---|" * len(heads)
     for row in rows:
         yield f"| {' | '.join(row)} |"
+
+
+def print_table(heads, rows):
+    """Print a table, each line when its row comes. Returns the lines."""
+    lines = []
+    for line in table(heads, rows):
+        lines.append(line)
+        print(line, flush=True)
+    return lines
+
+
+def finish_axes(ax, **labels):
+    """Labels, a grid and a legend for a plot."""
+    ax.set(**labels)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def write_results(path, how, lines, note="", **content):
+    """path.md, which begins with the command that made it, and path.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = dict(command=how, machine=machine(), **content)
+    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), "\n".join([f"`{how}` ({machine()}){note}", "", *lines, ""]))

@@ -31,26 +31,27 @@ The data of the tables bytes and cpp-docs there (the second is 16 million tokens
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the finished runs.
-Options it does not know go to train.py. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each
+Options of train.py go to every run. Results are tables (.json, .md) and, with matplotlib, pictures (.png), each
 with its numbers in a .json beside it.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from options import OneLineParser, fail, parse_options, run_program, save_picture  # before torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import RESULTS, ROOT, command, finish_axes, program, read_metrics, write_results
+from experiments.report import mean_and_std, number, table
+from options import fail, option, parse_options, run_program, save_picture
 
 import numpy as np
 import torch
@@ -58,10 +59,30 @@ import torch
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
-from experiments.report import command, machine, mean_and_std, number, table
 from model import GPT, GPTConfig, build_config
 
-DEFAULT = "mha,mha+norm,mea-norm,mea,dfa,tha"  # what the paper compares
+
+@dataclass
+class Options(train.Options):  # those go to every run
+    variants: str = option("mha,mha+norm,mea-norm,mea,dfa,tha", "with commas between them; these the paper compares")
+    sizes: str = option("", "presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
+    learning_rates: str = option("", "e.g. 1e-3,3e-3: every variant at each of them")
+    choose_rates: bool = option(False, "runs with --schedule constant; from them a rate for each variant")
+    extrapolate_to: float = option(0.0, "tokens at which rates are ranked; 0 for 10 times a run's", least=0)
+    tolerance: float = option(0.02, "how close to the lowest extrapolated loss a larger rate may be", least=0)
+    rates_from: str = option("", "a rates.json of --choose_rates: every variant at its own rate")
+    seeds: int = option(3, "seeds 0, 1, .. of each", least=1, most=24)
+    jobs: int = option(1, "runs at a time, which share the cores", least=1)
+    snapshots: bool = option(False, "keep MEA's compositions of every checkpoint, and draw them")
+    out_dir: str = option("", "where the run folders go (default: out/sweep, or out/rates for --choose_rates)")
+    results: str = option("", "name of the .json and .md (default: by the kind of sweep, in experiments/results)")
+
+
+def passed_on(o, given):
+    """What a command says for train.py."""
+    names = given & train.Options.__dataclass_fields__.keys() - {"out_dir"}
+    return [f"--{name}={getattr(o, name)}" for name in sorted(names)]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -79,13 +100,12 @@ def variants():
 
 def variant_options(variant):
     """What train.py is told about a variant, e.g. mea-norm:diagonal@2. Raises ValueError for one that there is not."""
-    name, at, cached = variant.partition("@")
-    name, colon, compose = name.partition(":")
-    known = variants()
-    if name not in known or bool(at) != cached.isdecimal() or bool(colon) != (compose == "diagonal"):
+    known, found = variants(), re.fullmatch(r"([^:@]+)(:diagonal)?(?:@(\d+))?", variant)
+    if not found or found[1] not in known:
         how = "with :diagonal for one number per head, with @n for n cached heads"
         raise ValueError(f"no variant {variant}: choose from {', '.join(known)}, {how}")
-    return [*known[name], *(["--compose", compose] if colon else []), *(["--n_kv_head", cached] if at else [])]
+    compose = ["--compose", "diagonal"] if found[2] else []
+    return [*known[found[1]], *compose, *(["--n_kv_head", found[3]] if found[3] else [])]
 
 
 def size_options(size):
@@ -121,39 +141,25 @@ class Setting:
 
 def start(folder, options):
     """The process of a run, new or resumed; its text goes to a file beside the folder."""
-    command = [sys.executable, str(ROOT / "train.py"), "--out_dir", str(folder)]
-    if (folder / "checkpoint.pt").exists():
-        command += ["--resume"]
-    else:
-        command += ["--overwrite", *options]
-        for stale in folder.glob("compose-*.npz"):
-            stale.unlink()
+    resumed = (folder / "checkpoint.pt").exists()
+    for stale in [] if resumed else folder.glob("compose-*.npz"):
+        stale.unlink()
+    command = program("train.py", "--out_dir", folder, *(["--resume"] if resumed else ["--overwrite", *options]))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
         # A session of its own: Ctrl-C reaches the sweep alone, which tells each run once. Told twice, none saves.
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def read_lines(folder):
-    """The lines of a run's metrics; none if it has not begun. The last one may be half-written: it is left out."""
-    lines = []
-    with contextlib.suppress(OSError, ValueError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            lines.append(json.loads(line))
-    return lines
-
-
 def read_config(folder, part):
     """The `options` a run was started with, or its `model`; {} if it has not begun."""
-    try:
-        return json.loads((folder / "config.json").read_text())[part]
-    except (OSError, ValueError, KeyError):
-        return {}
+    path = folder / "config.json"
+    return json.loads(path.read_text())[part] if path.exists() else {}
 
 
 def finished(folder):
     """The last line of a run's metrics if the run is done, otherwise None."""
-    line = (read_lines(folder) or [{}])[-1]
+    line = (read_metrics(folder) or [{}])[-1]
     return line if "val_loss" in line and line["step"] == read_config(folder, "options").get("max_steps") else None
 
 
@@ -213,11 +219,13 @@ def snapshot(folder, taken):
             return
         model, state = load_checkpoint(checkpoint)
         taken[folder] = written
-        attentions = [layer.self_attn for layer in model.layers]
-        if hasattr(attentions[0], "compose_k"):
-            weights = lambda name: [getattr(attention, name).detach().numpy() for attention in attentions]
-            matrix = lambda w: np.diag(w) if w.ndim == 1 else w  # of --compose diagonal the diagonal alone is learned
-            matrices = {name: np.stack([*map(matrix, weights(name))]) for name in ("compose_k", "compose_v")}
+        matrices = {"compose_k": [], "compose_v": []}
+        for layer in model.layers:
+            for name in matrices:
+                if (w := getattr(layer.self_attn, name, None)) is not None:
+                    w = w.detach().numpy()
+                    matrices[name].append(np.diag(w) if w.ndim == 1 else w)  # --compose diagonal learns no more
+        if matrices["compose_k"]:
             np.savez(folder / f"compose-{state['step']:06}.npz", **matrices)
 
 
@@ -240,10 +248,8 @@ def sign_flip_p(differences):
 
     If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n
     choices of signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n: three
-    seeds cannot show anything at the 5 % level, six can. Raises ValueError for none, or more than 24, differences.
+    seeds cannot show anything at the 5 % level, six can.
     """
-    if not 1 <= len(differences) <= 24:
-        raise ValueError(f"the sign-flip test takes 1 to 24 differences, not {len(differences)}")
     sums = np.array([abs(differences[0])])  # flipping all signs changes nothing, so the first may be fixed
     for difference in differences[1:]:
         sums = np.concatenate([sums + difference, sums - difference])
@@ -267,7 +273,7 @@ def summary(root, settings, seeds, own_rates=False):
     """
     rows, outcomes = {}, {setting: outcome(root, setting, seeds) for setting in settings}
     for setting, (row, ends) in outcomes.items():
-        plain = Setting("mha", setting.learning_rate, setting.size)
+        plain = replace(setting, variant="mha")
         if own_rates:
             plain = next((s for s in settings if (s.variant, s.size) == ("mha", setting.size)), plain)
         mha = outcomes[plain][0]["losses"] if plain in outcomes and plain != setting else {}
@@ -282,19 +288,19 @@ def summary(root, settings, seeds, own_rates=False):
 
 
 def markdown(outcomes):
+    """The lines of the table."""
     heads = ["variant", "rate", "validation loss", "bits per byte", "minus MHA, same seed", "p", "spikes", "seeds"]
-    rows = []
+    cells = []
     for name, row in outcomes.items():
         losses = number(row["mean"], ".4f", row["std"]), number(row["bpb"], ".4f")
         versus = number(row["minus_mha"], "+.4f", row["minus_mha_std"]), number(row["p"], ".3g")
         seeds = f"{row['n']} and {row['diverged']} diverged" if row["diverged"] else str(row["n"])
-        rows.append([name, number(row["learning_rate"], "g"), *losses, *versus, str(row["spikes"]), seeds])
-    lines = [*table(heads, rows)]
+        cells.append([name, number(row["learning_rate"], "g"), *losses, *versus, str(row["spikes"]), seeds])
+    yield from table(heads, cells)
     if counts := sorted({row["n"] for row in outcomes.values() if row["p"] is not None}):
         smallest = ", ".join(f"{2 / 2**n:.2g} with {n} seeds" for n in counts)
-        lines += ["", "Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences,"]
-        lines += [f"which cannot be below {smallest}."]
-    return "\n".join(lines)
+        yield from ["", "Mean ± standard deviation over seeds. p: exact sign-flip test of the paired differences,"]
+        yield f"which cannot be below {smallest}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,12 +312,9 @@ def fit_power_law(tokens, losses):
 
     Variable projection: at a given alpha the law is linear in the amplitude (D_c / D_last)^alpha and in L_0, both at
     least 0, so only alpha is searched, on a grid from 0.02 to 2. Points far off the curve, as of a spike, count less
-    (Huber's weights). Raises ValueError for fewer than 4 points.
+    (Huber's weights).
     """
     x, y = np.log(np.asarray(tokens, float) / tokens[-1]), np.asarray(losses, float)
-    if len(y) < 4:
-        raise ValueError(f"a loss curve of {len(y)} points is too short to fit: 4 are needed")
-
     alphas, weights = np.geomspace(0.02, 2, 2001), np.ones(len(y))
     basis = np.exp(-np.outer(alphas, x))  # (alphas, points)
     for _ in range(10):
@@ -354,11 +357,11 @@ def rate_rows(root, settings, seeds, tokens=None):
         if row["n"] + row["diverged"] < seeds:
             continue
         folders = setting.folders(root, seeds)
-        curves = [(read_lines(folders[seed]), read_config(folders[seed], "options")["warmup_steps"]) for seed in ends]
-        row["fits"] = [fit_power_law(*smoothed_curve(*curve)) for curve in curves]
+        warmup = {seed: read_config(folders[seed], "options")["warmup_steps"] for seed in ends}
+        row["fits"] = [fit_power_law(*smoothed_curve(read_metrics(folders[seed]), warmup[seed])) for seed in ends]
         row["tokens"] = tokens or max((10 * line["tokens"] for line in ends.values()), default=None)
-        ahead = mean_and_std(power_law(fit, row["tokens"]) for fit in row["fits"])
-        row["extrapolated"], row["extrapolated_std"] = ahead
+        ahead = [power_law(fit, row["tokens"]) for fit in row["fits"]]
+        row["extrapolated"], row["extrapolated_std"] = mean_and_std(ahead)
         row["stable"] = not row["diverged"] and not row["spikes"]
         with torch.device("meta"):
             row["parameters"] = GPT(GPTConfig(**read_config(folders[0], "model"))).n_params()
@@ -369,7 +372,7 @@ def rate_rows(root, settings, seeds, tokens=None):
 def choose_rate(rows, tolerance):
     """The largest stable rate whose extrapolated loss is within `tolerance` of the lowest stable one, or None.
 
-    The paper found the best rate of every variant to be its largest stable one: an infinite tolerance takes that for a
+    The paper found the best rate of every variant to be its largest stable one: a large tolerance takes that for a
     rule.
     """
     stable = [row for row in rows if row["stable"]]
@@ -386,20 +389,17 @@ def best_rate(rows):
     rows = sorted((row for row in rows if row["stable"]), key=lambda row: row["learning_rate"])
     if not rows:
         return None
-    lowest = min(range(len(rows)), key=lambda i: rows[i]["extrapolated"])
-    rate = rows[lowest]["learning_rate"]
+    rates, losses = [row["learning_rate"] for row in rows], [row["extrapolated"] for row in rows]
+    lowest = int(np.argmin(losses))
     if not 0 < lowest < len(rows) - 1:
-        return rate
-    near = rows[lowest - 1 : lowest + 2]
-    x, y = np.log([row["learning_rate"] / rate for row in near]), [row["extrapolated"] for row in near]
-    curvature, slope, _ = np.polyfit(x, y, 2)
-    return rate * math.exp(-slope / (2 * curvature))
+        return rates[lowest]
+    near = slice(lowest - 1, lowest + 2)
+    curvature, slope, _ = np.polyfit(np.log(np.array(rates[near]) / rates[lowest]), losses[near], 2)
+    return rates[lowest] * math.exp(-slope / (2 * curvature))
 
 
 def fit_rate_against_size(parameters, rates):
-    """(c, e) of rate = c * parameters^e, a line through the logarithms. Raises ValueError for fewer than two sizes."""
-    if len(set(parameters)) < 2:
-        raise ValueError("the rate's dependence on size needs models of at least two sizes")
+    """(c, e) of rate = c * parameters^e, a line through the logarithms."""
     exponent, constant = np.polyfit(np.log(parameters), np.log(rates), 1)
     return float(np.exp(constant)), float(exponent)
 
@@ -416,13 +416,13 @@ def choose_rates(root, settings, seeds, tokens, tolerance):
         choices.append(dict(variant=variant, size=size, **rates, parameters=mine[0]["parameters"]))
     for variant in dict.fromkeys(choice["variant"] for choice in choices):
         known = [choice for choice in choices if choice["variant"] == variant and choice["best"]]
+        if len(known) < 2:
+            continue
         known.sort(key=lambda choice: choice["parameters"])
         parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
-        if len(set(parameters)) < 2:
-            continue
         constant, exponent = fit_rate_against_size(parameters, rates)
         law = dict(variant=variant, constant=constant, exponent=exponent, sizes=[choice["size"] for choice in known])
-        if len(set(parameters[:-1])) > 1:
+        if len(known) > 2:
             c, e = fit_rate_against_size(parameters[:-1], rates[:-1])
             law["test"] = dict(constant=c, exponent=e, predicted=c * parameters[-1] ** e, found=rates[-1])
         laws.append(law)
@@ -430,32 +430,31 @@ def choose_rates(root, settings, seeds, tokens, tolerance):
 
 
 def rates_markdown(rows, choices, laws):
+    """The lines of three tables: every rate, the rate chosen for each variant, the laws."""
     chosen, cells = [(choice["size"], choice["variant"], choice["learning_rate"]) for choice in choices], []
     for row in rows:
         mark = "**chosen**" if (row["size"], row["variant"], row["learning_rate"]) in chosen else ""
-        mark = mark if row["stable"] else "unstable"
-        loss, ahead = mean_and_std(row["losses"].values())[0], (row["extrapolated"], ".4f", row["extrapolated_std"])
+        loss, _ = mean_and_std(row["losses"].values())
+        losses = number(loss, ".4f"), number(row["extrapolated"], ".4f", row["extrapolated_std"])
         lost = f"{row['diverged']} of {row['n'] + row['diverged']}"
-        cells.append([row["variant"], row["size"] or "", f"{row['learning_rate']:g}"])
-        cells[-1] += [number(loss, ".4f"), number(*ahead), str(row["spikes"]), lost, mark]
-    heads = ["variant", "size", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""]
-    lines, cells = [*table(heads, cells)], []
+        named = row["variant"], row["size"] or "", f"{row['learning_rate']:g}"
+        cells.append([*named, *losses, str(row["spikes"]), lost, mark if row["stable"] else "unstable"])
+    yield from table(["variant", "size", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""], cells)
+    cells = []
     for choice in choices:
         rate = number(choice["learning_rate"], "g") or "none is stable: try smaller ones"
         size, parameters = choice["size"] or "", f"{choice['parameters']:,}"
         cells.append([choice["variant"], size, parameters, rate, number(choice["best"], ".2g")])
     heads = ["chosen: largest stable rate near the lowest loss", "lowest extrapolated loss, between rates"]
-    lines += ["", *table(["variant", "size", "parameters", *heads], cells)]
-    power = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}"
-    cells = []
+    yield from ["", *table(["variant", "size", "parameters", *heads], cells)]
+    power, cells = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}", []
     for law in laws:
         test = law.get("test")
         tested = [power(test), f"{test['predicted']:.2g}", f"{test['found']:.2g}"] if test else ["", "", ""]
         cells.append([law["variant"], power(law), *tested])
     if laws:
         heads = ["variant", "best rate", "without the largest size", "prediction for it", "found"]
-        lines += ["", *table(heads, cells)]
-    return "\n".join(lines)
+        yield from ["", *table(heads, cells)]
 
 
 def read_rates(path):
@@ -463,7 +462,7 @@ def read_rates(path):
     try:
         choices = json.loads(path.read_text())["choices"]
         return {(choice["size"], choice["variant"]): choice["learning_rate"] for choice in choices}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a file that --choose_rates wrote ({error})") from error
 
 
@@ -479,9 +478,9 @@ def write_picture(path, data, draw):
 
 def line_style(variant):
     """A colour for each variant; broken lines for fewer cached heads, and for one number per head."""
-    name, _, cached = variant.partition("@")
-    name, _, compose = name.partition(":")
-    return dict(color=f"C{[*variants()].index(name)}", ls={"": "-", "1": ":"}.get(cached or compose, "--"), lw=1.5)
+    name, *marks = re.split("[:@]", variant)
+    style = ":" if "1" in marks else "--" if marks else "-"
+    return dict(color=f"C{[*variants()].index(name)}", ls=style, lw=1.5)
 
 
 def title(size):
@@ -493,7 +492,7 @@ def curves(root, outcomes, seeds):
     data = {}
     for row in sorted((row for row in outcomes.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
         folders = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, seeds)
-        runs = {seed: [line for line in read_lines(folders[seed]) if "val_loss" in line] for seed in row["losses"]}
+        runs = {seed: [line for line in read_metrics(folders[seed]) if "val_loss" in line] for seed in row["losses"]}
         tokens = [line["tokens"] for line in next(iter(runs.values()))]
         losses = {seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()}
         lines = data.setdefault(row["size"] or "", {})
@@ -507,25 +506,23 @@ def draw_curves(plt, data):
     size = (6 + 5 * both, 4 * len(data))
     figure, axes = plt.subplots(len(data), 1 + both, figsize=size, layout="constrained", squeeze=False)
     for (left, *right), (size, lines) in zip(axes, data.items()):
-        mha = lines.get("mha", dict(tokens=[], losses={}))
+        mha = lines["mha"]["losses"] if "mha" in lines else {}
         for i, (name, runs) in enumerate(lines.items()):
-            x = np.array(runs["tokens"]) / 1e6
+            x, style = np.array(runs["tokens"]) / 1e6, line_style(name)
             rate = f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else ""
             label = f"{name}{rate} (n = {len(runs['losses'])})"
-            left.plot(x, np.mean([*runs["losses"].values()], axis=0), label=label, **line_style(name))
-            same = mha["losses"] if runs["tokens"] == mha["tokens"] else {}
-            paired = [np.subtract(losses, same[seed]) for seed, losses in runs["losses"].items() if seed in same]
+            left.plot(x, np.mean([*runs["losses"].values()], axis=0), label=label, **style)
+            paired = [np.subtract(losses, mha[seed]) for seed, losses in runs["losses"].items() if seed in mha]
             if right and paired:
                 mean = np.mean(paired, axis=0)
                 reach = mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean
                 beside = x + 0.05 * (x[-1] / len(x)) * i  # bars side by side
-                right[0].errorbar(beside, mean, reach, elinewidth=0.8, capsize=2, **line_style(name))
-        left.set(ylabel="validation loss (nats per token)", title=f"{title(size)}mean over seeds")
-        left.legend(fontsize=9)
-        if right:
-            right[0].set(ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
-        for ax in (left, *right):
-            ax.set(xlabel="training tokens (millions)")
+                right[0].errorbar(beside, mean, reach, elinewidth=0.8, capsize=2, **style)
+        x = "training tokens (millions)"
+        y = "validation loss (nats per token)"
+        finish_axes(left, xlabel=x, ylabel=y, title=f"{title(size)}mean over seeds")
+        for ax in right:
+            ax.set(xlabel=x, ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
             ax.grid(alpha=0.3)
     return figure
 
@@ -544,10 +541,9 @@ def draw_sensitivity(plt, data):
     """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest."""
     figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
     for ax, (size, lines) in zip(axes[0], data.items()):
-        every = [point for points in lines.values() for point in points if point["losses"]]
+        lines = {name: [point for point in points if point["losses"]] for name, points in lines.items()}
         for name, points in lines.items():
             style = line_style(name)
-            points = [point for point in points if point["losses"]]
             x, losses = [point["learning_rate"] for point in points], [point["losses"] for point in points]
             ax.plot(x, [*map(statistics.mean, losses)], label=name, **style)
             ax.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=style["color"], alpha=0.15, lw=0)
@@ -555,16 +551,14 @@ def draw_sensitivity(plt, data):
                 face = "white" if point["unstable"] else style["color"]
                 rates = [point["learning_rate"]] * len(point["losses"])
                 ax.plot(rates, point["losses"], "o", ms=4, color=style["color"], mfc=face)
-        lowest = min((min(point["losses"]) for point in every), default=0)
+        lowest = min((min(point["losses"]) for points in lines.values() for point in points), default=0)
         ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
         ax.set_xscale("log")
-        rates = sorted({point["learning_rate"] for point in every})
+        rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
         ax.minorticks_off()
-        ax.set(xlabel="learning rate", ylabel="validation loss at the end (nats per token)")
-        ax.set_title(f"{title(size)}open dots: loss spikes or a lost run")
-        ax.legend(fontsize=9)
-        ax.grid(alpha=0.3)
+        y = "validation loss at the end (nats per token)"
+        finish_axes(ax, xlabel="learning rate", ylabel=y, title=f"{title(size)}open dots: loss spikes or a lost run")
     return figure
 
 
@@ -577,8 +571,8 @@ def draw_compositions(plt, data, columns=6):
     layers, limit = shown["compose_k"].shape[1], max(float(np.abs(w).max()) for w in shown.values()) or 1
     size = (1.5 * len(which) + 1.6, 3 * layers + 0.6)
     figure, axes = plt.subplots(2 * layers, len(which), figsize=size, layout="constrained", squeeze=False)
-    for row, column in np.ndindex(axes.shape):
-        ax, (kind, name) = axes[row, column], [("keys", "compose_k"), ("values", "compose_v")][row % 2]
+    for (row, column), ax in np.ndenumerate(axes):
+        kind, name = [("keys", "compose_k"), ("values", "compose_v")][row % 2]
         image = ax.imshow(shown[name][column, row // 2], cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set(xticks=[], yticks=[])
         if row == 0:
@@ -608,113 +602,75 @@ def draw_runs(root, results, outcomes, seeds):
 # The command
 
 
-def parse(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--variants", default=DEFAULT, help="variants with commas between them (default: %(default)s)")
-    add("--sizes", default="", help="presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
-    add("--learning_rates", default="", help="e.g. 1e-3,3e-3: every variant at each of them")
-    add("--choose_rates", action="store_true", help="runs with --schedule constant; from them a rate for each variant")
-    add("--extrapolate_to", type=float, default=0, help="tokens at which rates are ranked (default: 10 times a run's)")
-    add("--tolerance", type=float, default=0.02, help="how close to the lowest extrapolated loss a larger rate may be")
-    add("--rates_from", default="", help="a rates.json of --choose_rates: every variant at its own rate")
-    add("--seeds", type=int, default=3, help="seeds 0, 1, .. of each (default 3)")
-    add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
-    add("--snapshots", action="store_true", help="keep MEA's compositions of every checkpoint, and draw them")
-    add("--out_dir", default="", help="where the run folders go (default out/sweep, or out/rates for --choose_rates)")
-    add(
-        "--results",
-        default="",
-        help="name of the .json and .md (default: by the kind of sweep, in experiments/results)",
-    )
-    return parser.parse_known_args(argv)
-
-
-def plan(a, rest):
-    """(settings, runs, folder of the runs, results) of a command, checked before anything is written, or ValueError."""
-    names, sizes = a.variants.split(","), a.sizes.split(",") if a.sizes else [None]
-    if not 1 <= a.seeds <= 24 or a.jobs < 1:
-        raise ValueError(f"seeds must be from 1 to 24 and jobs at least 1, not {a.seeds} and {a.jobs}")
-    if not a.tolerance >= 0 or not 0 <= a.extrapolate_to < math.inf:
-        raise ValueError(f"tolerance and extrapolate_to must be at least 0, not {a.tolerance} and {a.extrapolate_to}")
+def plan(o, given):
+    """([settings], {folder: options of train.py}, folder of the runs) of a command. Raises ValueError."""
     try:
-        rates = sorted({float(text) for text in a.learning_rates.split(",")}) if a.learning_rates else [None]
+        rates = sorted({float(text) for text in o.learning_rates.split(",")}) if o.learning_rates else [None]
     except ValueError:
-        raise ValueError(f"learning_rates {a.learning_rates!r} are not numbers with commas between them") from None
-    if a.choose_rates and (a.rates_from or len(rates) < 2):
+        raise ValueError(f"learning_rates {o.learning_rates!r} are not numbers with commas between them") from None
+    if o.choose_rates and (o.rates_from or len(rates) < 2):
         raise ValueError("choose_rates needs several --learning_rates to choose from, and no --rates_from")
-    if a.rates_from and a.learning_rates:
+    if o.rates_from and o.learning_rates:
         raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
-    settings = [Setting(name, rate, size) for size in sizes for name in names for rate in rates]
-    if a.rates_from:
-        own = read_rates(ROOT / a.rates_from)
-        settings = [Setting(s.variant, own.get((s.size, s.variant)), s.size) for s in settings]
+    sizes = o.sizes.split(",") if o.sizes else [None]
+    settings = [Setting(name, rate, size) for size in sizes for name in o.variants.split(",") for rate in rates]
+    if o.rates_from:
+        own = read_rates(ROOT / o.rates_from)
+        settings = [replace(s, learning_rate=own.get((s.size, s.variant))) for s in settings]
         if missing := [s.name for s in settings if not s.learning_rate]:
             how = "leave it out, or choose again from smaller rates"
-            raise ValueError(f"{a.rates_from} has no stable rate for {', '.join(missing)}: {how}")
-    ours = {word.removeprefix("--") for s in settings for word in s.options(0) if word.startswith("--")}
-    ours |= {"head_norm", "resume", "overwrite"} | ({"schedule"} if a.choose_rates else set())
-    _, given = parse_options(train.Options, rest, train.PRESETS)
+            raise ValueError(f"{o.rates_from} has no stable rate for {', '.join(missing)}: {how}")
+    rest, ours = passed_on(o, given), {"head_norm", "resume", "overwrite"}
+    ours |= {word[2:] for s in settings for word in s.options(0) if word.startswith("--")}
+    if o.choose_rates:
+        rest, ours = [*rest, "--schedule=constant"], ours | {"schedule"}
     if clash := sorted(given & ours):
         raise ValueError(f"{', '.join(clash)} is what this sweep sets itself: leave it out")
-    rest = [*rest, *(["--schedule", "constant"] if a.choose_rates else [])]
-    if a.jobs > 1 and "threads" not in given:
-        rest += ["--threads", str(max(1, os.cpu_count() // a.jobs))]
-    root = ROOT / (a.out_dir or ("out/rates" if a.choose_rates else "out/sweep"))
-    runs = {s.folders(root, a.seeds)[seed]: s.options(seed) + rest for seed in range(a.seeds) for s in settings}
+    if o.jobs > 1 and "threads" not in given:
+        rest.append(f"--threads={max(1, os.cpu_count() // o.jobs)}")
+    root = ROOT / (o.out_dir or ("out/rates" if o.choose_rates else "out/sweep"))
+    runs = {s.folders(root, o.seeds)[seed]: s.options(seed) + rest for seed in range(o.seeds) for s in settings}
     for folder, options in runs.items():
-        o = check_run(folder, options)
-        if a.choose_rates and o.max_steps - o.warmup_steps < 10:
-            few = f"{o.max_steps} steps with {o.warmup_steps} of warm-up are too few"
+        run = check_run(folder, options)
+        if o.choose_rates and run.max_steps - run.warmup_steps < 10:
+            few = f"{run.max_steps} steps with {run.warmup_steps} of warm-up are too few"
             raise ValueError(f"choose_rates fits what comes after the warm-up: {few}")
-    kinds = dict(rates=a.choose_rates, own_rates=a.rates_from, learning_rates=a.learning_rates, losses=True)
-    name = next(kind for kind, given in kinds.items() if given)
-    return settings, runs, root, ROOT / (a.results or f"experiments/results/{name}")
-
-
-def write(results, how, text, **content):
-    results.parent.mkdir(parents=True, exist_ok=True)
-    content = dict(command=how, machine=machine(), **content)
-    results.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    results.with_suffix(".md").write_text(f"`{how}` ({machine()})\n\n{text}\n")
+    return settings, runs, root
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    a, rest = parse(argv)
+    o, given = parse_options(Options, argv, train.PRESETS)
     try:
-        settings, runs, root, results = plan(a, rest)
+        settings, runs, root = plan(o, given)
     except ValueError as error:
         fail(error)
+    kinds = dict(rates=o.choose_rates, own_rates=o.rates_from, learning_rates=o.learning_rates, losses=True)
+    results = ROOT / o.results if o.results else RESULTS / next(kind for kind, chosen in kinds.items() if chosen)
     how = command("sweep.py", argv)
 
     def tabulate():
-        rows = summary(root, settings, a.seeds, own_rates=bool(a.rates_from))
-        if a.choose_rates:
-            tried, choices, laws = choose_rates(root, settings, a.seeds, a.extrapolate_to, a.tolerance)
-            content = dict(tolerance=a.tolerance, choices=choices, laws=laws, rows=tried)
-            write(results, how, rates_markdown(tried, choices, laws), **content)
+        rows = summary(root, settings, o.seeds, own_rates=bool(o.rates_from))
+        if o.choose_rates:
+            tried, choices, laws = choose_rates(root, settings, o.seeds, o.extrapolate_to, o.tolerance)
+            content = dict(tolerance=o.tolerance, choices=choices, laws=laws, rows=tried)
+            write_results(results, how, rates_markdown(tried, choices, laws), **content)
         else:
-            write(results, how, markdown(rows), table=rows)
+            write_results(results, how, markdown(rows), table=rows)
         return rows
 
-    def stop(number, _):
-        print("\nstopped: the same command goes on", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    stopping = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    stopping = {number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores one
-    handlers = {number: signal.signal(number, stop) for number in stopping}
-    try:
-        run_all(runs, a.jobs, tabulate, a.snapshots)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run_all(runs, o.jobs, tabulate, o.snapshots)
     rows = tabulate()
     print(results.with_suffix(".md").read_text())
-    draw_runs(root, results, rows, a.seeds)
+    draw_runs(root, results, rows, o.seeds)
+
+
+def stop(signal_number, _):
+    print("\nstopped: the same command goes on", file=sys.stderr)
+    raise SystemExit(128 + signal_number)
 
 
 if __name__ == "__main__":
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(which) is not signal.SIG_IGN:  # nohup ignores one
+            signal.signal(which, stop)
     run_program(main)
