@@ -845,7 +845,7 @@ def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):
         n, given = x.size(1), None if weight is None else tuple(weight.shape)
         if x.shape != (B, n, k.size(2), D):
             raise ValueError(f"{name}: {label}s {tuple(x.shape)} do not go with queries {tuple(q.shape)}")
-        if given != (n, H) and not (given is None and n == H):
+        if given not in ([None, (n, H)] if n == H else [(n, H)]):
             need = f"a composition matrix of ({n}, {H}), not {given}"
             raise ValueError(f"{name}: {n} {label} heads for {H} query heads need {need}")
     if norm_weight is not None and norm_weight.shape != (H, D):
@@ -920,8 +920,7 @@ def mea_decode(
             positions = lengths[:, None] - 1
             unfilled = (torch.arange(k.size(2), device=k.device) > positions)[:, None, :, None]  # (B, 1, S, 1)
             k, v = k.masked_fill(unfilled, 0), v.masked_fill(unfilled, 0)
-        path = "sdpa" if path == "auto" else path
-        absorb = composed and path == "sdpa"
+        absorb = composed and path in ("auto", "sdpa")
         return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, positions, absorb)
 
 
