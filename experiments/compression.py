@@ -5,9 +5,8 @@
 
 The first runs compress.py on checkpoints of ours, heals, and trains the originals for the same steps. The second
 measures a Hugging Face model before any healing, on text like the calibration texts and on text that calibration never
-saw, and how fast it decodes. Finished rows are
-kept in experiments/results/, so that the command can be repeated until it is done; experiments/LOG.md names the weights
-and the data of the committed tables. Read compress.py first.
+saw, and how fast it decodes. Finished rows are kept in experiments/results/, so that the command can be repeated until
+it is done; experiments/LOG.md names the weights and the data of the committed tables. Read compress.py first.
 """
 
 import copy
@@ -21,17 +20,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"
-sys.path.insert(0, str(ROOT))
-from options import choose_dtype, fail, option, parse_options, run_program, write_atomically  # before torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import RESULTS, ROOT, command, mean_and_std, number, program, table
+from options import choose_dtype, fail, option, parse_options, run_program, write_atomically
 
 import torch
 
 from checkpoint import from_pretrained
 from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding, probe
 from data.dataset import open_dataset, validation_windows
-from experiments.report import command, mean_and_std, number, table
 from train import evaluate
 
 
@@ -85,11 +82,10 @@ def our_checkpoints(o):
     def compressed(folder, name):
         options, heals = OURS[name]
         out = ROOT / o.out_dir / f"{folder.name}-{name.replace(', ', '-').replace(' ', '-')}"
-        command = [sys.executable, str(ROOT / "compress.py"), "--checkpoint", str(folder), "--out_dir", str(out)]
-        command += [*options.split(), "--overwrite", "--threads", str(o.threads)]
-        command += ["--heal_steps", str(o.heal_steps), "--continue_original"] if heals else []
-        command += ["--data_dir", o.data_dir] if o.data_dir else []
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        how = ["--checkpoint", folder, "--out_dir", out, *options.split(), "--overwrite", "--threads", o.threads]
+        how += ["--heal_steps", o.heal_steps, "--continue_original"] if heals else []
+        how += ["--data_dir", o.data_dir] if o.data_dir else []
+        subprocess.run(program("compress.py", *how), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         report = json.loads((out / "report.json").read_text())
         return {name: report[name] for name in ("loss", "kv_bytes_per_token", "ranks")}
 
