@@ -225,6 +225,26 @@ def test_every_variant_is_its_formula(attention, norm, n_kv_head):
     assert_same(layer(x, rope(0, T)), layer.o_proj(torch.cat(outputs, dim=-1)))
 
 
+def test_a_rotated_latent_caches_pairs_that_turn_by_their_frequencies():
+    """Any U, any pairs, parts of heads: in one go as the formula says, and from a cache position by position."""
+    layer, x = make("latent", n_kv_head=[[3, 5]], latent_dim=2, latent_rotated=True, latent_heads=2), inputs()
+    layer.pairs.copy_(torch.tensor([2, 0, 2]))
+    c = torch.complex(*layer.k_proj(x).chunk(2, dim=-1))  # (B, T, 3): numbers j and j + 3 are pair j
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-2 * layer.pairs.double() / D)
+    c = c * torch.exp(1j * angles)
+    k, v = layer.k_up_proj(torch.cat((c.real, c.imag), -1)), layer.v_up_proj(layer.v_proj(x))
+    q, k, v = heads_of(layer.q_proj, x), *(y.unflatten(2, (2, D)).transpose(1, 2) for y in (k, v))
+    outputs = [plain_weights(q[:, h], k[:, h // 2]) @ v[:, h // 2] for h in range(H)]
+    whole = layer(x, rope(0, T))
+    assert_same(whole, layer.o_proj(torch.cat(outputs, dim=-1)), 1e-6)  # the tables are rounded to float32
+    assert KVCache(layer.config, B, T, torch.float64).nbytes == B * T * (3 + 5) * 2 * 8
+    for chunks in ([1] * T, [5, 12]):
+        assert_same(in_chunks(layer, x, chunks), whole)
+    for new in (1, 2):
+        rows = [whole[row, n : n + new] for row, n in enumerate((3, 9, 6))]
+        assert_same(next_positions(layer, x, [3, 9, 6], new), torch.stack(rows))
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("form", ["compose", "absorb", "auto"])
 def test_a_diagonal_composition_is_the_full_one_that_scales_each_head(n_kv_head, form):
