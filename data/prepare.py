@@ -46,9 +46,9 @@ class Options:
     source: str = option("python", f"python, {', '.join(CORPORA)}, or a file or folder of text or of tokens")
     tokenizer: str | None = option(None, "bpe (default), byte, gpt2 (default for token files), ..., hf:FOLDER, a run")
     # a model of a million parameters should not spend most of them on its embedding
-    vocab_size: int = option(2048, "tokens of a bpe vocabulary", least=257, most=1 << 20)
-    content: str = option("both", "of --source python", choices=("prose", "code", "both"))
-    shards: int = option(1, "of --source fineweb-edu, 2 GB each", least=1, most=14)
+    vocab_size: int | None = option(None, "tokens of a bpe vocabulary (default 2048)", least=257, most=1 << 20)
+    content: str | None = option(None, "of --source python (default both)", choices=("prose", "code", "both"))
+    shards: int | None = option(None, "of --source fineweb-edu, 2 GB each (default 1)", least=1, most=14)
     val_fraction: float = option(0.05, "share of the bytes of text to validate on", above=0, most=0.5)
     out_dir: str | None = option(None, "where the data set lands (default data/<name of the source>)")
     overwrite: bool = option(False, "replace a data set that is there")
@@ -73,6 +73,13 @@ def prepare(**options) -> Dataset:
             f"{path} holds tokens: name their vocabulary, --tokenizer gpt2 for example (no pickle is opened)"
         )
     spec = o.tokenizer or ("gpt2" if token_files else "bpe")
+    for option_name, applies, where in (
+        ("content", o.source == "python", "--source python"),
+        ("shards", o.source == "fineweb-edu", "--source fineweb-edu"),
+        ("vocab_size", spec == "bpe", "--tokenizer bpe"),
+    ):
+        if getattr(o, option_name) is not None and not applies:
+            raise ValueError(f"--{option_name} is for {where}")
     tokenizer = None if spec == "bpe" else get_tokenizer(spec)
     name = o.source if named else path.resolve().stem
     out_dir = Path(o.out_dir or DATA / name).resolve()
@@ -88,12 +95,12 @@ def prepare(**options) -> Dataset:
             notes = [f"the token files stay where they are: keep {path.resolve()}"]
         else:
             if o.source == "python":
-                corpus = python_corpus(o.content, o.val_fraction, o.seed)
+                corpus = python_corpus(o.content or "both", o.val_fraction, o.seed)
             elif named:
-                corpus = named_corpus(o.source, o.shards, o.val_fraction, o.seed)
+                corpus = named_corpus(o.source, o.shards or 1, o.val_fraction, o.seed)
             else:
                 corpus = local_corpus(path, o.val_fraction, o.seed)
-            tokenizer = tokenizer or train_bpe(sample(corpus), o.vocab_size)
+            tokenizer = tokenizer or train_bpe(sample(corpus), o.vocab_size or 2048)
             meta |= write_tokens(corpus, tokenizer, new) | corpus.meta
             notes = corpus.notes
         meta |= dict(tokenizer=tokenizer.save(new), notes=notes)
