@@ -402,7 +402,7 @@ class MEA(Attention):
     def fold(self):
         """The equal `MHA` (with the same head norm): inference at exactly its cost.
 
-        Raises ValueError unless n_k == n_v == H, and for a subclass, which may do more than the two know of.
+        Raises ValueError unless n_k == n_v == H, for a parameter that it does not know, and for a subclass.
         """
         if type(self) is not MEA:
             raise ValueError(f"{type(self).__name__} does not fold into MHA: it may do more than MEA")
@@ -410,7 +410,9 @@ class MEA(Attention):
             counts = f"{self.n_k} and {self.n_v} for {self.n_head} heads"
             raise ValueError(f"only a full set of components folds into MHA: {counts}")
         equal = MHA(self.config, self.layer).to(self.q_proj.weight)
-        equal.load_state_dict(self.state_dict(), strict=False)  # all but the compositions, which fold
+        missing, more = equal.load_state_dict(self.state_dict(), strict=False)
+        if missing or {*more} != {"compose_k", "compose_v"}:  # these fold
+            raise ValueError(f"{type(self).__name__} does not fold into MHA, which has no {', '.join(missing + more)}")
         for projection, (weight, bias) in zip((equal.k_proj, equal.v_proj), self.folded()):
             projection.weight.copy_(weight)
             if bias is not None:

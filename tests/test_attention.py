@@ -131,6 +131,10 @@ def test_what_does_not_fold_is_refused():
         make("mea", n_kv_head=2).fold()
     with pytest.raises(ValueError, match="Shifted does not fold"):
         Shifted(GPTConfig(vocab_size=11, n_layer=1, n_head=H, n_embd=C)).fold()
+    edited = make("mea")  # by whoever adds a parameter to MEA itself
+    edited.compose_z = torch.nn.Parameter(torch.ones(H))
+    with pytest.raises(ValueError, match="MEA does not fold into MHA, .*compose_z"):
+        edited.fold()
     assert Shifted.incompressible and MEA.incompressible is None  # nor does compress.py guess what the child does
     with pytest.raises(ValueError, match="use 'absorb'"):
         in_chunks(make("mea", n_kv_head=2, mea_form="fold"), inputs(), [T])
