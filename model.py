@@ -94,7 +94,8 @@ class GPTConfig:
             n_k, n_v = self.kv_heads(layer)
             most = self.n_head * self.head_dim // self.cached_dim
             if not (1 <= n_k <= most and 1 <= n_v <= most):
-                raise ValueError(f"n_kv_head must be between 1 and n_head {most}, not {self.n_kv_head}")
+                limit = f"{most} parts of latent_dim" if self.latent_dim else f"n_head {most}"
+                raise ValueError(f"n_kv_head must be between 1 and {limit}, not {self.n_kv_head}")
             if self.latent_rotated and n_k * self.cached_dim % 2:
                 raise ValueError(f"RoPE turns pairs: n_kv_head {n_k} times latent_dim {self.cached_dim} must be even")
             variant.check_heads(self.n_head, n_k, n_v)
