@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, RMSNorm, rope_table
-from kernels import linear_cross_entropy
+from functional import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration

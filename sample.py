@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import find_checkpoint, load_checkpoint, starts_bare
 from data.tokenizer import load_tokenizer
-from kernels import PATHS, set_kernel
+from functional import PATHS, set_kernel
 from model import KVCache
 
 
@@ -31,7 +31,7 @@ class Options:
     top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this", above=0, most=1)
     seed: int = option(0, "of the first sample; the next one takes the next number", least=0)
     no_cache: bool = option(False, "compute every token from its whole context: slow, the same at temperature 0")
-    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
+    kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import kernels
 from experiments.aot import TARGETS, compile_ahead, record_launches
 from experiments.report import in_turns, print_table, ratio_quartiles, timed
-from kernels import mea_attention, mea_decode, rms_norm
+from functional import mea_attention, mea_decode, rms_norm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cost model. B batch, T positions, S cached ones, H heads, Hc, n_k, n_v components, D width
