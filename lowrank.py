@@ -1,26 +1,48 @@
-"""The mathematics of fewer heads: what n heads lose when fewer numbers are kept of them. Knows no model."""
+"""The mathematics of fewer heads: what n heads y_h = W_h x lose when fewer numbers are kept of them. Knows no model.
+
+One question. The heads, stacked, are y = W x: nD numbers a position. What shorter c = P x should be kept instead, and
+what U brings y back?
+
+    y  ~  U c,      least  E |S (y - U c)|^2.                                                                        (1)
+
+S says what an error costs. If U may be anything, the answer is an SVD: the leading eigenvectors of S E[y y^T] S^T are
+S U, and c are y's coordinates in them (`latent_maps`).
+
+MEA keeps r component heads, c = (B_1 x .. B_r x), and mixes them: head h reads
+
+    W_h x  ~  T_h sum_c w[c, h] B_c x,                                                                               (2)
+
+which is (1) with blocks U_hc = w[c, h] T_h. w is its composition matrix, T_h a D x D matrix (`approximate`).
+
+      a latent: any U                virtual heads: T_h w[c, h]
+    y_1 = [ . . . . . . ]  c     y_1 = T_1 ( w_11 B_1 + w_21 B_2 )
+    y_2 = [ . . . . . . ]  c     y_2 = T_2 ( w_12 B_1 + w_22 B_2 )
+    y_3 = [ . . . . . . ]  c     y_3 = T_3 ( w_13 B_1 + w_23 B_2 )
+
+Keys are the same with complex numbers: RoPE turns pair f of a head by an angle, and only a complex number per pair
+commutes with that. So a key head's T_h is D/2 complex numbers, and (2) is D/2 small problems that share w.
+
+Shapes: heads W (n, D, M) of M inputs, or in their place any L with L L^T = E[y y^T]. As blocks they are (n, g, b, M): n
+heads of g blocks of b features, and T (n, g, b, b) maps each block by itself. A value head is one block of D real
+features; a key head is D/2 blocks of one complex number. Read `compress.py` next, which puts the results into layers.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-from attention import one_hot_composition
-
-#
-# Heads are (n, g, b, M): n heads of g blocks of b features. A map T_h turns each block by itself, so that a value head
-# is one block of D real features, while a key head, which RoPE turns frequency by frequency, is D/2 blocks of one
-# complex number each.
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
 
 
 def key_blocks(heads):
-    """(n, D, M) real -> (n, D/2, 1, M) complex: the pairs that RoPE rotates; multiplying by a complex number commutes
-    with it."""
+    """(n, D, M) real -> (n, D/2, 1, M) complex: the pairs that RoPE rotates."""
     return torch.complex(*heads.chunk(2, dim=1)).unsqueeze(2)
 
 
 def value_blocks(heads):
-    """(n, D, M) -> (n, 1, D, M): a value head may be turned as a whole."""
+    """(n, D, M) -> (n, 1, D, M): a value head may be mapped as a whole."""
     return heads.unsqueeze(1)
 
 
@@ -32,6 +54,32 @@ def from_blocks(blocks):
 def stack(heads):
     """(n, g, b, M) -> (g, n*b, M): all heads' features, block by block."""
     return heads.transpose(0, 1).flatten(1, 2)
+
+
+def as_real(maps):
+    """(n, D/2, any/2) complex -> (n, D, any) real: a + ib maps a pair by ((a, -b), (b, a))."""
+    return torch.cat((torch.cat((maps.real, -maps.imag), dim=2), torch.cat((maps.imag, maps.real), dim=2)), dim=1)
+
+
+def root(weight, moment):
+    """(n, D, any) with the products of the heads' outputs: L of L L^T = E[y y^T] (nD, nD); without it the weights."""
+    if moment is None:
+        return weight
+    values, vectors = torch.linalg.eigh(moment)  # any L does, and nothing longer than nD is needed
+    return (vectors * values.clamp_min(0).sqrt()).unflatten(0, weight.shape[:2])
+
+
+def in_metric(heads, kind, metric):
+    """(S (n, g, b, b), S y in blocks) of heads y (n, D, M); `metric` (n, D, D) is S of (1), head by head, or None."""
+    n, D, _ = heads.shape
+    S = torch.eye(D, dtype=heads.dtype).expand(n, D, D) if metric is None else metric
+    blocks = key_blocks(heads) if kind == "k" else value_blocks(heads)
+    S = (S.diagonal(dim1=1, dim2=2)[:, : D // 2, None, None] if kind == "k" else S[:, None]).to(blocks)
+    return S, S @ blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Virtual heads (2)
 
 
 def truncated_svd(heads, rank):
@@ -50,9 +98,9 @@ def components(w, maps, heads):
     return (torch.linalg.pinv(U, rtol=1e-9) @ stack(heads)).unflatten(1, (-1, heads.size(2))).transpose(0, 1)
 
 
-def rebuild(w, maps, parts):
+def rebuild(w, maps, weights):
     """T_h sum_c w[c, h] B_c: (n, g, b, M)."""
-    return torch.einsum("hgab,ch,cgbm->hgam", maps, w.to(maps), parts)
+    return torch.einsum("hgab,ch,cgbm->hgam", maps, w.to(maps), weights)
 
 
 def relative_error(heads, approximation):
@@ -63,10 +111,11 @@ def relative_error(heads, approximation):
 def fit_in_closed_form(heads, rank):
     """(w, T, error, least): (2) for one component, or for one less than heads; `least` is the bound of (1).
 
-    The best is to keep the leading rank*b directions of the stacked heads and to lose the others. One component: its
-    coordinates are the leading directions, T_h their rows of head h. One less: lost are b directions N, kept is what
-    has none of them, sum_h N_h^H y_h = 0. With T_h = N_h^-H this reads sum_h sum_c w[c, h] B_c = 0, which holds for any
-    B if the rows of w sum to 0. A head that has next to no part in N would need a huge T: the error tells.
+    The bound keeps the leading rank*b directions of the stacked heads. One component: its coordinates are these
+    directions, T_h their rows of head h. One component less than heads: what has to go are b directions, of which N_h
+    (b, b) are the rows of head h, so heads of which nothing is lost satisfy sum_h N_h^H y_h = 0. With T_h = N_h^-H
+    this says sum_h sum_c w[c, h] B_c = 0, true for any B if the rows of w sum to 0. A head that has next to no part in
+    these directions would need a huge T: the error tells.
     """
     n, g, b, _ = heads.shape
     stacked = stack(heads)
@@ -90,87 +139,70 @@ def align_by_rotation(heads, rank, rounds=300, tolerance=1e-5):
     """(w, T, errors): (2) with unitary T_h, for heads (n, g, b, M); without a round T = 1, the truncated SVD.
 
     In turns T_h from the orthogonal Procrustes problem, which brings the current approximation closest to head h, and
-    the truncated SVD of the heads turned back. `errors` is what is missing after each round; it never grows.
+    the truncated SVD of the heads rotated back. `errors` is what is missing after each round; it never grows.
     """
     n, g, b, _ = heads.shape
-    turn = torch.eye(b, dtype=heads.dtype).expand(n, g, b, b)
+    maps = torch.eye(b, dtype=heads.dtype).expand(n, g, b, b)
     w, target = truncated_svd(heads, rank)
     errors = [relative_error(heads, target)]
     for _ in range(rounds):
         left, _, right = torch.linalg.svd(heads @ target.mH)
-        turn = left @ right
-        w, target = truncated_svd(turn.mH @ heads, rank)
-        errors.append(relative_error(heads, turn @ target))
+        maps = left @ right
+        w, target = truncated_svd(maps.mH @ heads, rank)
+        errors.append(relative_error(heads, maps @ target))
         if converged(errors, tolerance):
             break
-    return w, turn, errors
+    return w, maps, errors
 
 
-def fit_any_maps(heads, w, turn, rounds=300, tolerance=1e-5):
+def fit_any_maps(heads, w, maps, rounds=300, tolerance=1e-5):
     """(w, T, errors): (2) with any T_h, improved from w (r, n), T (n, g, b, b): B, T and w in turns by least squares
     given the others."""
     errors = []
     for _ in range(rounds):
-        parts = components(w, turn, heads)  # (r, g, b, M)
-        target = torch.einsum("ch,cgbm->hgbm", w.to(heads), parts)
-        turn = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
-        turned = torch.einsum("hgab,cgbm->hcgam", turn, parts)  # T_h B_c: head h is a real combination of these
-        columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (turned, heads))
+        weights = components(w, maps, heads)  # (r, g, b, M)
+        target = torch.einsum("ch,cgbm->hgbm", w.to(heads), weights)
+        maps = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
+        mapped = torch.einsum("hgab,cgbm->hcgam", maps, weights)  # T_h B_c: head h is a real combination of these
+        columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (mapped, heads))
         columns, wanted = columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2)
         w = torch.linalg.lstsq(columns, wanted, driver="gelsd").solution[:, :, 0].T
-        errors.append(relative_error(heads, torch.einsum("ch,hcgam->hgam", w.to(heads), turned)))
+        errors.append(relative_error(heads, torch.einsum("ch,hcgam->hgam", w.to(heads), mapped)))
         if converged(errors, tolerance):
             break
-    return w, turn, errors
+    return w, maps, errors
 
 
-def root(weight, moment):
-    """(n, D, any) with the products of the heads' outputs: L of L L^T = E[y y^T] (nD, nD); without it the weights."""
-    if moment is None:
-        return weight
-    values, vectors = torch.linalg.eigh(moment)  # any L does, and nothing longer than nD is needed
-    return (vectors * values.clamp_min(0).sqrt()).unflatten(0, weight.shape[:2])
-
-
-def in_metric(heads, kind, metric):
-    """(S (n, g, b, b), S y in blocks) of heads y (n, D, M); `metric` (n, D, D) is S of (1), head by head, or None."""
-    n, D, _ = heads.shape
-    S = torch.eye(D, dtype=heads.dtype).expand(n, D, D) if metric is None else metric
-    blocks = key_blocks(heads) if kind == "k" else value_blocks(heads)
-    S = (S.diagonal(dim1=1, dim2=2)[:, : D // 2, None, None] if kind == "k" else S[:, None]).to(blocks)
-    return S, S @ blocks
-
-
-def approximate(weight, rank, kind, maps, moment=None, metric=None):
+def approximate(weight, rank, kind, form, moment=None, metric=None):
     """(2) for heads W (n, D, M): w (rank, n), T (n, D, D) real and the components' weights (rank, D, M), errors.
 
-    `moment` (nD, nD) is E[y y^T] of what the heads put out: errors are then those of outputs, otherwise of weights.
-    `metric` of keys is diagonal, and the same for both halves of a pair; with maps "rotations" it is a multiple of 1,
-    which goes into w.
+    `form` of T: "none" (T = 1), "rotations", or "any". `moment` (nD, nD) is E[y y^T] of what the heads put out: errors
+    are then those of outputs, otherwise of weights. `metric` of keys is diagonal, and the same for both halves of a
+    pair; with rotations it is a multiple of 1, which goes into w.
     """
     n = len(weight)
     S, heads = in_metric(root(weight, moment), kind, metric)
-    if maps == "any":
+    if form == "any":
         error = math.inf
         if rank in (1, n - 1):
-            w, turn, error, least = fit_in_closed_form(heads, rank)
+            w, maps, error, least = fit_in_closed_form(heads, rank)
             errors = [error]
         if error == math.inf or error > 1.05 * least + 1e-12:
-            w, turn, _ = align_by_rotation(torch.linalg.solve(S, heads), rank)  # where that is exact, it stays exact
-            w, turn, errors = fit_any_maps(heads, w, S @ turn)
+            w, maps, _ = align_by_rotation(torch.linalg.solve(S, heads), rank)  # where that is exact, it stays exact
+            w, maps, errors = fit_any_maps(heads, w, S @ maps)
     else:
-        w, turn, errors = align_by_rotation(heads, rank, rounds=300 if maps == "rotations" else 0)
-        if maps == "pool":  # neighbours share a head, their average
-            w = one_hot_composition(rank, n).to(w)
-            errors = [relative_error(heads, rebuild(w, turn, components(w, turn, heads)))]
-    parts = from_blocks(components(w, turn, in_metric(weight, kind, metric)[1]))  # (rank, D, M)
-    if maps == "rotations":
+        w, maps, errors = align_by_rotation(heads, rank, rounds=300 if form == "rotations" else 0)
+    weights = from_blocks(components(w, maps, in_metric(weight, kind, metric)[1]))  # (rank, D, M)
+    if form == "rotations":
         w = w / S[:, 0, 0, 0].real
     else:
-        turn = torch.linalg.solve(S, turn)
-    if kind == "v":
-        return w, turn[:, 0], parts, errors
-    return w, as_real(torch.diag_embed(turn[:, :, 0, 0])), parts, errors
+        maps = torch.linalg.solve(S, maps)
+    maps = maps[:, 0] if kind == "v" else as_real(torch.diag_embed(maps[:, :, 0, 0]))
+    return w, maps, weights, errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents (1)
 
 
 def latent_maps(weight, width, kind="v", moment=None, metric=None):
@@ -196,8 +228,3 @@ def latent_maps(weight, width, kind="v", moment=None, metric=None):
     if kind == "v":
         return down, up.flatten(0, 2), error, None
     return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]).flatten(0, 1), error, F.pad(block, (0, spare))
-
-
-def as_real(maps):
-    """(n, D/2, any/2) complex -> (n, D, any) real: a + ib turns a pair by ((a, -b), (b, a))."""
-    return torch.cat((torch.cat((maps.real, -maps.imag), dim=2), torch.cat((maps.imag, maps.real), dim=2)), dim=1)

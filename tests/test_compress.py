@@ -4,6 +4,7 @@ refused.
 
 import itertools
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import train
 from attention import ATTENTION, apply_rope, rope_table
 from compress import (
     METHODS,
+    Calibration,
     Mixture,
-    Seen,
     allocate,
     calibrate,
     choose_ranks,
@@ -28,12 +29,13 @@ from compress import (
     uniform_ranks,
     with_ranks,
 )
-from data.dataset import WindowSampler, open_dataset
+from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
 from lowrank import approximate
 from model import GPT, GPTConfig, KVCache
+from options import choose_dtype
 from sample import open_model
 from test_lowrank import phases, rotation
 
@@ -74,7 +76,7 @@ def change(model, ranks, method, x):
     return ((model(x)[0] - before).norm() / before.norm()).item(), errors
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "pooled"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(source, method):
     """Heads that are mixtures of two need two components, whatever the metric."""
@@ -242,7 +244,7 @@ def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
     for kind in "kv":
         assert errors[kind] == approximate(effective_heads(attn, kind)[0], 2, kind, "rotations")[3][-1]
     before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
-    refit_output(smaller, Seen({}, [x], [attn(x, rope)], rope, torch.float32))
+    refit_output(smaller, Calibration({}, [x], [attn(x, rope)], rope, torch.float32))
     after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
     assert (
         after[0] < 0.2 * before[0] and after[1] < 2 * before[1]
@@ -323,26 +325,26 @@ def trained(tmp_path_factory, data):
 
 
 def run(options):
-    small = "" if "--export" in options else " --eval_windows 4 --calibration_windows 4 --threads 1"
-    program.main((options + small).split())
+    program.main((options + " --eval_windows 4 --calibration_windows 4 --threads 1").split())
 
 
-def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
+def test_the_program_reports_what_it_made(trained, data, tmp_path, capsys):
     out = tmp_path / "half"
-    how = "--budget probe --probe_windows 2 --curve 1.0,0.5,0.25 --heal_steps 3 --continue_original --rows 2"
-    run(f"--checkpoint {trained / 'mha'} --out_dir {out} {how}")
+    run(f"--checkpoint {trained / 'mha'} --out_dir {out} --budget probe --probe_windows 2 --seed 3")
     printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
     model, state = load_checkpoint(out)
-    assert report["kv_bytes_per_token"]["after"] * 2 == report["kv_bytes_per_token"]["before"] == 2 * 2 * 32 * 4
-    cache = KVCache(model.config, 2, report["cache"]["context"])
-    assert cache.nbytes == report["cache"]["bytes"]["after"] and report["kv_ratio"] == 0.5
+    assert report["kv_bytes_per_token"] == dict(before=2 * 2 * 32 * 4, after=2 * 32 * 4) and report["kv_ratio"] == 0.5
+    assert KVCache(model.config, 2, 10).nbytes == 2 * 10 * report["kv_bytes_per_token"]["after"]
     assert report["ranks"] == model.config.n_kv_head and sum(map(sum, report["ranks"])) == 8
-    assert report["loss"].keys() == {"before", "after", "healed", "continued"} == report["bpb"].keys()
-    assert "cached bytes per token" in printed and len(report["errors"]) == 2
-    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25]
-    assert report["curve"][0]["loss"] == pytest.approx(report["loss"]["before"], abs=1e-4)
-    assert report["curve"][1]["loss"] == pytest.approx(report["loss"]["after"], abs=1e-5)
-    assert (out / "report.png").stat().st_size > 10_000 and "report.png" in printed
+    assert report["loss"].keys() == {"before", "after"} == report["bpb"].keys()
+    text, windows = open_dataset(data), {}
+    for stage, what in (("before", load_checkpoint(trained / "mha")[0]), ("after", model)):
+        windows = validation_windows(text.val, 64, 4)
+        loss = train.evaluate(what, windows, 8, torch.device("cpu"), choose_dtype("auto", torch.device("cpu")))
+        assert report["loss"][stage] == pytest.approx(loss, abs=1e-6)
+        assert report["bpb"][stage] == pytest.approx(text.bits_per_byte(loss))
+    assert (report["method"], report["seed"]) == ("aligned", 3) and len(report["errors"]) == 2
+    assert "cached bytes per token" in printed and f"{report['loss']['after']:.4f}" in printed
     with pytest.raises(SystemExit):  # a compressed checkpoint is weights, not a run to go on with
         train.main(["--resume", "--out_dir", str(out)])
     capsys.readouterr()
@@ -353,24 +355,37 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
         sample.main(["--checkpoint", str(out), *how.split(), *extra])
     cached, uncached = capsys.readouterr().out.splitlines()
     assert cached == uncached and cached.startswith("head")
-    how = "--context 3 --budget probe --probe_windows 2 --heal_steps 2 --distill --heal_params compose"
-    run(f"--checkpoint {out} --out_dir {tmp_path / 'again'} {how}")
+    run(f"--checkpoint {out} --out_dir {tmp_path / 'again'} --budget probe --probe_windows 2")
     again, _ = load_checkpoint(tmp_path / "again")
     assert again.config.kv_bytes_per_token() * 2 == model.config.kv_bytes_per_token()
 
 
+def test_the_command_that_heals_can_be_pasted(trained, data, tmp_path, capsys):
+    """Every option is one of train.py's, and paths survive a shell."""
+    out, mha = tmp_path / "a half", trained / "mha"
+    program.main(["--checkpoint", str(mha), "--out_dir", str(out), "--eval_windows", "1", "--block_size", "32"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    python, script, *words = shlex.split(line.removeprefix("heal it: "))
+    given = dict(zip(words[::2], words[1::2]))
+    assert (python, script) == ("python", "train.py") and given["--init_from"] == str(out)
+    assert given["--teacher"] == str(mha) and given["--data_dir"] == data and given["--window"] == "32"
+    assert given["--out_dir"] == f"{out}-healed" and "--eval_data" not in given
+    o = program.Options(checkpoint="~/m", out_dir="o", data_dir="d", calibration_data="a,b", block_size=8)
+    assert "--teacher '~/m' --data_dir a,b --eval_data d " in program.healing_command(o)
+
+
 def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, monkeypatch):
-    class Seen(Exception):
+    class Looked(Exception):
         pass
 
     def look(model, method, tokens, few, dtype):
         x, y = few
         assert len(tokens) == 4 and x.shape == y.shape == (3, tokens.shape[1]) and (x[:, 1:] == y[:, :-1]).all()
         assert not any((row == tokens.numpy()).all(1).any() for row in x)
-        raise Seen
+        raise Looked
 
     monkeypatch.setattr(program, "probe", look)
-    with pytest.raises(Seen):
+    with pytest.raises(Looked):
         run(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'o'} --budget probe --probe_windows 3")
 
 
@@ -402,61 +417,6 @@ def test_calibration_on_several_texts_is_reported_on_each(trained, data, tmp_pat
     assert "no data set at" in refused(capsys, wrong)
 
 
-def test_healing_that_is_stopped_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch, capsys):
-    how = f"--checkpoint {trained / 'mha'} --method absorbed --heal_steps 8 --heal_checks 4 --distill"
-    run(f"{how} --out_dir {tmp_path / 'whole'}")
-    saved = program.save_checkpoint
-
-    def stop(folder, state):
-        saved(folder, state)
-        if state.get("healing") and state["healing"]["step"] == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(program, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(f"{how} --out_dir {tmp_path / 'stopped'}")
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "stopped")[0].config.attention == "latent"  # usable as it is
-    program.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--threads", "1"])
-    whole, stopped = (load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "stopped"))
-    assert all(torch.equal(w, stopped[name]) for name, w in whole.items())
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped")]
-    assert [point["step"] for point in reports[0]["healing"]] == [2, 4, 6, 8]
-    assert [p["loss"] for p in reports[0]["healing"]] == [p["loss"] for p in reports[1]["healing"]]
-    assert "is not waiting to be healed" in refused(capsys, f"--resume --out_dir {tmp_path / 'stopped'}")
-    assert "leave out method" in refused(capsys, f"--resume --method svd --out_dir {tmp_path / 'whole'}")
-
-
-@pytest.mark.parametrize("chosen,moves", [("compose", "compose_"), ("attention", "self_attn"), ("all", "")])
-def test_healing_moves_only_what_it_may_and_lowers_the_loss(trained, data, chosen, moves):
-    model, _ = load_checkpoint(trained / "mha")
-    compress(model, [(1, 1)] * 2, "svd")
-    before = {name: w.clone() for name, w in model.named_parameters()}
-    losses, o = [], program.Options(heal_params=chosen, heal_learning_rate=3e-3, batch_size=4)
-    program.heal(
-        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, report=lambda _, loss, __: losses.append(loss)
-    )
-    moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
-    assert moved and moved == {name for name in before if moves in name}
-    assert (
-        sum(losses[-5:]) < sum(losses[:5]) and all(p.requires_grad for p in model.parameters()) and not model.training
-    )
-
-
-def test_distillation_moves_the_model_towards_its_teacher_and_leaves_that_alone(trained, data):
-    teacher, _ = load_checkpoint(trained / "mha")
-    model, _ = load_checkpoint(trained / "mha")
-    compress(model, [(1, 1)] * 2, "svd")
-    before = {name: w.clone() for name, w in teacher.state_dict().items()}
-    losses, o = [], program.Options(heal_learning_rate=3e-3, batch_size=4)
-    program.heal(
-        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, teacher, lambda _, loss, __: losses.append(loss)
-    )
-    assert losses[-1] < 0.7 * losses[0] and all(
-        torch.equal(w, before[name]) for name, w in teacher.state_dict().items()
-    )
-
-
 def refused(capsys, options):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -473,12 +433,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path,
         (f"--checkpoint {trained / 'dfa'}", "share one value"),
         (f"--checkpoint {tmp_path / 'none'}", "no checkpoint at"),
         (f"--checkpoint {mha} --budget deep", "leaves none of 2 layers"),
-        (f"--checkpoint {mha} --distill", "give --heal_steps"),
-        (f"--checkpoint {mha} --heal_params compose", "give --heal_steps"),
         (f"--checkpoint {mha} --probe_windows 3", "are for --budget probe"),
-        (f"--checkpoint {mha} --export hf --overwrite", "leave out overwrite"),
-        (f"--checkpoint {mha} --context 100000", "context must be between"),
-        (f"--checkpoint {mha} --curve 1,x", "curve must be"),
+        (f"--checkpoint {mha} --block_size 100000", "block_size must be between"),
     ):
         assert said in refused(capsys, f"{wrong} --out_dir {out}")
     assert not out.exists()
@@ -493,7 +449,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path,
     assert (tmp_path / "made" / "checkpoint.pt").read_bytes() == made
 
 
-def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_path, capsys, data):
+def test_a_pretrained_folder_is_compressed_directly(trained, tmp_path, capsys, data):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
@@ -508,14 +464,6 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     assert model.config.n_kv_head == [[2, 1], [2, 1]]
     (tmp_path / "hf" / "model.safetensors").unlink()
     assert "has no weights" in refused(capsys, f"--checkpoint {tmp_path / 'hf'} --data_dir {data} --overwrite")
-    run(f"--checkpoint {trained / 'mha'} --export hf --out_dir {tmp_path / 'exported'}")
-    x = torch.randint(257, (2, 30))
-    ours, _ = load_checkpoint(trained / "mha")
-    with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-        torch.testing.assert_close(theirs(x).logits, ours(x)[0], rtol=1e-4, atol=1e-4)
-    composed = f"--checkpoint {tmp_path / 'hf-kv0.5'} --export hf --out_dir {tmp_path / 'no'}"
-    assert "only a full set of components" in refused(capsys, composed)
 
 
 def test_a_start_of_text_survives_compression(tmp_path):

@@ -21,9 +21,9 @@ def random_heads(n, seed=0, columns=C):
     return torch.randn(n, D, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rebuilt(w, turn, parts):
+def rebuilt(w, maps, weights):
     """T_h sum_c w[c, h] B_c."""
-    return torch.einsum("hab,ch,cbm->ham", turn, w, parts)
+    return torch.einsum("hab,ch,cbm->ham", maps, w, weights)
 
 
 def random_metric(n, kind, scalar=False):
@@ -51,37 +51,37 @@ def phases(seed):
 # --- the approximation
 
 
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
+@pytest.mark.parametrize("form", ["none", "rotations", "any"])
 @pytest.mark.parametrize("kind", "kv")
 @pytest.mark.parametrize("metric", [False, True])
-def test_full_rank_is_exact(maps, kind, metric):
+def test_full_rank_is_exact(form, kind, metric):
     weight = random_heads(5)
     moment = S = None
     if metric:
         moment = random_heads(5, 7, 30).flatten(0, 1)
-        moment, S = moment @ moment.T, random_metric(5, kind, scalar=maps == "rotations")
-    w, turn, parts, errors = approximate(weight, 5, kind, maps, moment, S)
-    torch.testing.assert_close(rebuilt(w, turn, parts), weight, rtol=1e-8, atol=1e-8)
+        moment, S = moment @ moment.T, random_metric(5, kind, scalar=form == "rotations")
+    w, maps, weights, errors = approximate(weight, 5, kind, form, moment, S)
+    torch.testing.assert_close(rebuilt(w, maps, weights), weight, rtol=1e-8, atol=1e-8)
     assert errors[-1] < 1e-12
 
 
 @pytest.mark.parametrize("kind", "kv")
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
-def test_identical_heads_need_one_component(kind, maps):
+@pytest.mark.parametrize("form", ["none", "rotations", "any"])
+def test_identical_heads_need_one_component(kind, form):
     weight = random_heads(1).expand(4, D, C) * torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]
-    w, turn, parts, errors = approximate(weight, 1, kind, maps)
+    w, maps, weights, errors = approximate(weight, 1, kind, form)
     assert errors[-1] < 1e-12
-    torch.testing.assert_close(rebuilt(w, turn, parts), weight)
+    torch.testing.assert_close(rebuilt(w, maps, weights), weight)
 
 
 @pytest.mark.parametrize("kind,turned", [("v", rotation), ("k", phases)])
 def test_heads_that_differ_by_a_rotation_need_one_component_once_they_are_aligned(kind, turned):
     """Why alignment exists: the truncated SVD can only add heads that agree on their coordinates."""
     weight = torch.stack([turned(seed) @ random_heads(1)[0] for seed in range(4)])
-    for maps, exact in (("none", False), ("rotations", True), ("any", True)):
-        w, turn, parts, errors = approximate(weight, 1, kind, maps)
+    for form, exact in (("none", False), ("rotations", True), ("any", True)):
+        w, maps, weights, errors = approximate(weight, 1, kind, form)
         assert (errors[-1] < 1e-10) == exact
-        assert (rebuilt(w, turn, parts) - weight).abs().max() < 1e-4 or not exact
+        assert (rebuilt(w, maps, weights) - weight).abs().max() < 1e-4 or not exact
 
 
 @pytest.mark.parametrize("kind", "kv")
@@ -103,8 +103,8 @@ def test_heads_that_differ_by_any_free_map_need_one_component(kind):
 @pytest.mark.parametrize("n,rank", [(3, 2), (8, 4), (5, 1)])
 def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
     heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n))
-    w, turn, rotated = align_by_rotation(heads, rank)
-    errors = rotated + fit_any_maps(heads, w, turn)[2]
+    w, maps, rotated = align_by_rotation(heads, rank)
+    errors = rotated + fit_any_maps(heads, w, maps)[2]
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:]))
     assert errors[-1] < 0.99 * rotated[-1] < 0.99 * errors[0] == 0.99 * align_by_rotation(heads, rank, rounds=0)[2][0]
 
@@ -113,15 +113,15 @@ def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_freque
     """For n -> n-1, complex numbers per head and frequency lose nothing to an SVD of each frequency by itself."""
     heads = key_blocks(random_heads(3, seed=4, columns=40))
     best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
-    w, turn, _ = align_by_rotation(heads, 2)
-    assert fit_any_maps(heads, w, turn, rounds=3000, tolerance=1e-9)[2][-1] == pytest.approx(best.item(), rel=1e-2)
+    w, maps, _ = align_by_rotation(heads, 2)
+    assert fit_any_maps(heads, w, maps, rounds=3000, tolerance=1e-9)[2][-1] == pytest.approx(best.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", "kv")
 @pytest.mark.parametrize("n,rank", [(3, 2), (4, 3), (3, 1), (5, 1), (2, 1)])
 def test_the_closed_form_reaches_the_bound_and_the_iteration_does_no_better(kind, n, rank):
     heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n, columns=40))
-    w, turn, error, least = fit_in_closed_form(heads, rank)
+    w, maps, error, least = fit_in_closed_form(heads, rank)
     lost = torch.linalg.svdvals(heads.transpose(0, 1).flatten(1, 2))[:, rank * heads.size(2) :].square().sum()
     assert error == pytest.approx(least, rel=1e-6)
     assert least == pytest.approx((lost / heads.abs().square().sum()).item(), rel=1e-6)
@@ -165,16 +165,16 @@ def test_the_truncated_svd_is_the_best_of_its_kind():
     )
 
 
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
+@pytest.mark.parametrize("form", ["none", "rotations", "any"])
 @pytest.mark.parametrize("kind", "kv")
-def test_the_reported_error_is_what_is_missing_at_the_end(kind, maps):
+def test_the_reported_error_is_what_is_missing_at_the_end(kind, form):
     weight = random_heads(5, seed=3)
-    w, turn, parts, errors = approximate(weight, 3, kind, maps)
-    missed = (weight - rebuilt(w, turn, parts)).square().sum() / weight.square().sum()
+    w, maps, weights, errors = approximate(weight, 3, kind, form)
+    missed = (weight - rebuilt(w, maps, weights)).square().sum() / weight.square().sum()
     assert (
         missed.item() <= errors[-1] * (1 + 1e-9)
         and errors[-1] == pytest.approx(missed.item(), rel=1e-3)
-        and (len(errors) == 1) == (maps == "none")
+        and (len(errors) == 1) == (form == "none")
     )
 
 
