@@ -17,7 +17,7 @@ left towards the original. Read `attention.py` and `lowrank.py` first.
 """
 
 from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, run_program, say
-from options import write_atomically
+from options import progress, write_atomically
 
 import contextlib
 import copy
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
 from checkpoint import FORMAT, load_checkpoint, save_checkpoint, starts_bare
-from data.dataset import WindowSampler, open_dataset, validation_windows
-from data.tokenizer import progress
+from data.dataset import open_dataset
+from data.sampler import WindowSampler, validation_windows
 from functional import PATHS, linear_cross_entropy, set_kernel
 from lowrank import approximate, latent_maps
 from train import describe_data, evaluate, same_tokenizer

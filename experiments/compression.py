@@ -28,7 +28,8 @@ import torch
 
 from attention import one_hot_composition
 from compress import METHODS, Calibration, Mixture, calibrate, choose_ranks, compress, probe
-from data.dataset import open_dataset, validation_windows
+from data.dataset import open_dataset
+from data.sampler import validation_windows
 from huggingface import from_pretrained
 from model import KVCache
 from train import evaluate

@@ -29,8 +29,10 @@ from compress import (
     uniform_ranks,
     with_ranks,
 )
-from data.dataset import WindowSampler, open_dataset, validation_windows
+from data.dataset import open_dataset
+from data.sampler import WindowSampler, validation_windows
 from data.prepare import prepare
+from data.sampler import WindowSampler
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
 from lowrank import approximate
