@@ -32,7 +32,6 @@ from compress import (
 from data.dataset import open_dataset
 from data.sampler import WindowSampler, validation_windows
 from data.prepare import prepare
-from data.sampler import WindowSampler
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
 from lowrank import approximate
