@@ -5,7 +5,7 @@ Four kinds behind one small interface (`Tokenizer`), each saved as one self-cont
     byte        the 256 bytes of UTF-8, nothing to learn
     bpe         byte-pair encoding of bytes, trained here (`train_bpe`), run by tiktoken
     gpt2, ...   tiktoken's own vocabularies, from its cache folder (TIKTOKEN_CACHE_DIR) or the network
-    hf:FOLDER   the tokenizer.json of a Hugging Face folder, or of OWNER/NAME on the hub, run by the `tokenizers` package
+    hf:FOLDER   the tokenizer.json of a Hugging Face folder, or of OWNER/NAME on the hub, run by `tokenizers`
 
 A run's folder, or any other that holds a tokenizer.json of these kinds, names that tokenizer as well.
 
@@ -237,7 +237,7 @@ def get_tokenizer(spec: str) -> Tokenizer:
         except Exception as error:  # its errors and those of its HTTP library have no common class
             how = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
             raise OSError(f"tokenizer {spec}: tiktoken could not load its files ({error}); {how}") from None
-    path = Path(spec.removeprefix("hf:")).expanduser()
+    path = Path(spec.removeprefix("hf:"))
     if path.exists() or spec.startswith("hf:") and not is_hub_name(spec.removeprefix("hf:")):
         return load_tokenizer(path)
     if spec.startswith("hf:"):
@@ -252,8 +252,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """The local folder with the tokenizer of OWNER/NAME on the hub. ValueError without the package, OSError if it cannot
-    be had."""
+    """The local folder with the tokenizer of OWNER/NAME on the hub. Raises ValueError without the package, OSError if
+    it cannot be had."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
