@@ -86,7 +86,7 @@ class TextStream:
         self.tokens.append(token)
         text = self.complete()
         # SentencePiece gives U+FFFD for the bytes of a character that is not complete, three at most
-        self.held = self.held + 1 if text.endswith("\ufffd") else 0
+        self.held = self.held + 1 if text.endswith("\ufffd") and not self.tokenizer.byte_level else 0
         if 0 < self.held < 4:
             return ""
         new, self.shown = text[self.shown :], len(text)
