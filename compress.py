@@ -58,7 +58,8 @@ from data.tokenizer import load_tokenizer, progress
 from functional import PATHS, linear_cross_entropy, set_kernel
 from huggingface import to_pretrained
 from model import KVCache
-from train import describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
+from runs import describe_data, learning_rate, same_tokenizer
+from train import evaluate, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximation
@@ -729,12 +730,12 @@ def heal(model, sampler, o, steps, teacher=None, report=lambda *_: None, done=0,
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     schedule = SimpleNamespace(learning_rate=o.heal_learning_rate, warmup_steps=max(1, steps // 10), max_steps=steps)
-    schedule.schedule = "cosine"
+    schedule.schedule, schedule.final_rate = "cosine", 0.0
     bar = progress("healing", steps, " steps")
     bar.update(done)
     model.train()
     for step in range(done, steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(schedule, step, floor=0.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
         x, y = (torch.from_numpy(part).to(device) for part in sampler.batch(step, o.batch_size))
         with autocast(device, dtype):
             if teacher is None:

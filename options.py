@@ -27,6 +27,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import get_args
 
+WINDOWS = os.name == "nt"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -106,7 +108,7 @@ def expand_home(text):
 def shown_command(*words):
     """A command as a line to paste into a shell: words with a space or a ~ are quoted."""
     words = list(map(str, words))
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def yes_or_no(text):
@@ -242,7 +244,7 @@ def replace_file(source, target, tries=20):
         try:
             return os.replace(source, target)
         except PermissionError:
-            if os.name != "nt" or attempt == tries:
+            if not WINDOWS or attempt == tries:
                 raise
             time.sleep(0.1)
 
