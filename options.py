@@ -25,6 +25,7 @@ from dataclasses import field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
 from typing import get_args
 
 WINDOWS = os.name == "nt"
@@ -151,6 +152,15 @@ def say(text="", end="\n"):
 def silence_output():
     """Standard output goes nowhere from here on, what Python flushes at its end included."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def progress(what: str, total: int | None = None, unit: str = "B"):
+    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import WindowSampler, check_length, open_dataset, validation_windows
+from data.dataset import open_dataset
+from data.sampler import WindowSampler, check_length, validation_windows
 
 
 class Texts:

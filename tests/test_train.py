@@ -26,8 +26,9 @@ import options
 import runs
 import sample
 import train
-from data.dataset import WindowSampler, open_dataset, validation_windows
+from data.dataset import open_dataset
 from data.prepare import prepare
+from data.sampler import WindowSampler, validation_windows
 from data.texts import Turns
 from checkpoint import load_checkpoint, save_checkpoint
 from experiments import torture
@@ -141,9 +142,9 @@ def test_a_diagonal_composition_trains(tmp_path, data):
 
 
 def test_a_finished_run_goes_on_or_is_replaced(tmp_path, data, capsys):
-    run("--out_dir", tmp_path / "r", "--max_steps 2 --warmup_steps 1", data=data)
-    train.main(["--resume", "--max_steps", "4", "--out_dir", str(tmp_path / "r")])
-    assert len(metrics(tmp_path / "r")) == 4 and "this run's cosine schedule had ended" in capsys.readouterr().out
+    run("--out_dir", tmp_path / "r", "--max_steps 6 --warmup_steps 1", data=data)
+    train.main(["--resume", "--max_steps", "9", "--out_dir", str(tmp_path / "r")])
+    assert len(metrics(tmp_path / "r")) == 9 and "this run's cosine schedule had ended" in capsys.readouterr().out
     run("--out_dir", tmp_path / "r", "--max_steps", 2, "--seed", 1, "--overwrite", data=data)
     assert len(metrics(tmp_path / "r")) == 2 and load_checkpoint(tmp_path / "r")[1]["options"]["seed"] == 1
 
@@ -572,7 +573,7 @@ import sample
 sample.main(["--checkpoint", {str(tmp_path / "r")!r}, "--max_new_tokens", "3"])
 """
     environment = dict(os.environ, PYTHONIOENCODING="cp1252")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "r")[1]["step"] == 3
 
