@@ -256,13 +256,28 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
+def loss_spikes(losses):
+    """How many losses stand 6 standard deviations above their running mean (both exponential, over 50 steps)."""
+    count, mean, variance = 0, 0.0, 0.0
+    for seen, loss in enumerate(losses):
+        limit = mean + 6 * math.sqrt(variance)
+        if seen >= 20:
+            count += loss > limit
+            loss = min(loss, limit)  # a spike must not widen the band that the next one is measured by
+        weight = max(1 / (seen + 1), 0.02)
+        delta = loss - mean
+        mean += weight * delta
+        variance = (1 - weight) * (variance + weight * delta * delta)
+    return count
+
+
 def outcome(root, setting, seeds):
     """(a row of counts and losses, {seed: last line of its metrics}) of a setting's finished runs."""
     folders = setting.folders(root, seeds)
     ends = {seed: line for seed, folder in enumerate(folders) if (line := finished(folder))}
     lost = sum(seed not in ends and diverged(folder) for seed, folder in enumerate(folders))
     losses = {seed: line["val_loss"] for seed, line in ends.items()}
-    spikes = sum(line["loss_spikes"] for line in ends.values())
+    spikes = sum(loss_spikes(line["train_loss"] for line in read_metrics(folders[seed])) for seed in ends)
     return dict(asdict(setting), n=len(ends), diverged=lost, spikes=spikes, losses=losses), ends
 
 
@@ -670,7 +685,8 @@ def stop(signal_number, _):
 
 
 if __name__ == "__main__":
-    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(which) is not signal.SIG_IGN:  # nohup ignores one
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        which = getattr(signal, name, None)  # Windows has no SIGHUP
+        if which and signal.getsignal(which) is not signal.SIG_IGN:  # nohup ignores one
             signal.signal(which, stop)
     run_program(main)
