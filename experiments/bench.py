@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_quartiles, timed, write_results
+from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_cell, ratio_quartiles, timed
+from experiments.report import write_results
 from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, save_picture
 
 import torch
@@ -235,8 +236,7 @@ def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
 
 def table_line(row):
     amount = f"{row['ms']:.2f} ms" if "ms" in row else f"{row['bytes'] / 2**20:,.0f} MiB"
-    low, middle, high = row["ratio"] or (None, None, None)
-    ratio = "" if middle is None else f"{middle:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
+    ratio = ratio_cell(row["ratio"]) if row["ratio"] else ""
     speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
     cached = f"{row['bytes_per_token']:,}" if row.get("bytes_per_token") else ""
     return [row["section"], row["name"], amount, row["base"] if ratio else "", ratio, speed, cached]

@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import in_turns, print_table, ratio_quartiles, timed
+from experiments.report import in_turns, print_table, ratio_cell, ratio_quartiles, timed
 from options import fail, option, parse_options, run_program
 
 import torch
@@ -324,8 +324,8 @@ def print_timings(B, T, S, H, D, n):
     print(f"\nMeasured: {machine}, {shape}, torch {torch.__version__}; rates count the model's work\n")
     rows = []
     for kind, jobs in kinds.items():
-        for i, (name, cost, seconds, (low, middle, high)) in enumerate(time_jobs(jobs, "cpu", rounds=20)):
-            ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if i else ""
+        for i, (name, cost, seconds, quartiles) in enumerate(time_jobs(jobs, "cpu", rounds=20)):
+            ratio = ratio_cell(quartiles) if i else ""
             rates = f"{cost.flops / seconds / 1e12:.3f}", f"{cost.bytes / seconds / 1e9:.1f}"
             rows.append([kind, name, f"{seconds * 1e3:.3f}", ratio, *rates])
     print_table(["step", "path", "ms", "ratio to SDPA alone", "TFLOP/s", "GB/s"], rows)
