@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import absorbed_attention, causal_attention, causal_mask, kernel_is, mea_attention, mea_decode, rms_norm
+from functional import absorbed_attention, causal_attention, causal_mask, kernel_is, mea_attention, mea_decode, rms_norm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The idea

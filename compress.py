@@ -35,7 +35,7 @@ Virtual heads are the paper's format: MEA mixes them back as it reads them. `app
 """
 
 from options import autocast, choose_device, choose_dtype, fail, option, parse_options, read_json, run_program
-from options import save_picture, say, write_atomically
+from options import new_folder, save_picture, say, write_atomically
 
 import contextlib
 import copy
@@ -52,12 +52,12 @@ import torch
 import torch.nn.functional as F
 
 from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
-from checkpoint import FORMAT, find_checkpoint, load_checkpoint, new_folder, save_checkpoint, to_pretrained
+from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint, starts_bare
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer, progress
-from kernels import PATHS, linear_cross_entropy, set_kernel
+from functional import PATHS, linear_cross_entropy, set_kernel
+from huggingface import to_pretrained
 from model import KVCache
-from sample import starts_bare
 from train import describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -797,7 +797,7 @@ class Options:
     curve: str = option("", "also compress to each of these ratios and measure, e.g. 1.0,0.75,0.5,0.25")
     export: str = option("", "hf: only write the checkpoint, uncompressed, as a Hugging Face folder", ["", "hf"])
     seed: int = option(0, "of the calibration windows and of healing", least=0)
-    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
+    kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import ATTENTION, RMSNorm, rope_table
-from kernels import linear_cross_entropy
+from functional import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -230,6 +230,14 @@ class GPT(nn.Module):
         cos, sin = rope_table(c.block_size, c.head_dim, c.rope_theta, c.rope_frequencies)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+
+    def on_device(self, device):
+        """This model in eval mode on a device, built without memory and given weights: ties what is tied, makes what no
+        file holds."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.make_rope()
+        return self.to(device).eval()
 
     def init_weights(self):
         """One rule for every variant: matrices N(0, 1 / fan-in), and embeddings that enter the residual stream

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import find_checkpoint, load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, starts_bare
 from data.tokenizer import load_tokenizer
-from kernels import PATHS, set_kernel
+from functional import PATHS, set_kernel
 from model import KVCache
 
 
@@ -31,7 +31,7 @@ class Options:
     top_p: float | None = option(None, "draw among the fewest tokens whose probabilities reach this", above=0, most=1)
     seed: int = option(0, "of the first sample; the next one takes the next number", least=0)
     no_cache: bool = option(False, "compute every token from its whole context: slow, the same at temperature 0")
-    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
+    kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
 
@@ -55,11 +55,6 @@ def open_model(path, device):
     start = () if starts_bare(state) else tokenizer.start_of_text
     silent = range(tokenizer.vocab_size, model.config.vocab_size)  # published models have rows that spell nothing
     return model, tokenizer, start, {*tokenizer.end_tokens, *silent}
-
-
-def starts_bare(state):
-    """Whether a checkpoint's model saw no start of text: one that train.py made, not one compressed from elsewhere."""
-    return "data" in state and not state.get("start_of_text", False)
 
 
 class TextStream:

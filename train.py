@@ -33,7 +33,7 @@ from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from data import prepare
 from data.dataset import WindowSampler, open_dataset, validation_windows
 from data.tokenizer import load_tokenizer
-from kernels import PATHS, set_kernel
+from functional import PATHS, set_kernel
 from model import GPT, GPTConfig, build_config
 
 DEFAULT_DATA = "data/python"
@@ -85,7 +85,7 @@ class Options(GPTConfig):
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     # Of matrix products: weights and the optimizer's moments stay float32.
     dtype: str = option("auto", "auto takes bfloat16 where the device has it", ["auto", "float32", "bfloat16"])
-    kernel: str = option("auto", "path of the attention (see kernels.py)", PATHS)
+    kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     parallel: str = option("ddp", "torchrun's processes hold the whole model, or parts (fsdp)", ["ddp", "fsdp"])
     activation_checkpointing: bool = option(False, "recompute blocks in the backward: less memory, the same numbers")
     compile: bool = option(False, "torch.compile the model: slow to start, then faster")

@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from experiments import minutes
 from experiments.roofline import attention_jobs, decode_jobs, random_heads, time_jobs
-from kernels import causal_attention, mea_attention, rms_norm
+from functional import causal_attention, mea_attention, rms_norm
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -84,7 +84,7 @@ def correct(o):
     write("correct", pytest=subprocess.run([sys.executable, *tests], cwd=ROOT).returncode)
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, *program("kernels.py")]
+            command = [sanitizer, "--tool", tool, *program("functional.py")]
             run = subprocess.run(command, cwd=ROOT, **minutes.PIPES)
             write("correct", sanitizer=tool, code=run.returncode, said=run.stdout.strip().splitlines()[-1:])
 

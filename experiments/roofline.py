@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import mea_attention, mea_decode, rms_norm, triton
+from functional import mea_attention, mea_decode, rms_norm
+from kernels import triton
 
 if triton is not None:
     from triton.backends.compiler import GPUTarget

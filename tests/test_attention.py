@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attention as attention_file
-import kernels
+import functional
 from attention import ATTENTION, MEA, MHA, apply_rope, compose_heads, rms_norm, rope_table
 from model import GPTConfig, KVCache
 
@@ -392,7 +392,7 @@ def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypat
         original = getattr(attention_file, name)
         count = lambda *arguments, original=original, **named: calls.append(1) or original(*arguments, **named)
         monkeypatch.setattr(attention_file, name, count)
-    monkeypatch.setattr(kernels, "_kernel", "sdpa")
+    monkeypatch.setattr(functional, "_kernel", "sdpa")
     for a, b in zip(results(), plain):
         assert_same(a, b)
     assert len(calls) == 6  # the sequence, two prefills, three single positions; a later chunk needs a mask

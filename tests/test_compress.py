@@ -37,7 +37,8 @@ from compress import (
 )
 from data.dataset import WindowSampler, open_dataset
 from data.prepare import prepare
-from checkpoint import load_checkpoint, to_pretrained
+from checkpoint import load_checkpoint
+from huggingface import to_pretrained
 from model import GPT, GPTConfig, KVCache
 from sample import open_model
 

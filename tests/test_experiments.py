@@ -17,8 +17,8 @@ from helpers import refused
 
 import options
 import train
-from checkpoint import to_pretrained
 from experiments import bench, compression, minutes, report, roofline, sweep, torture
+from huggingface import to_pretrained
 from model import GPT, GPTConfig
 
 

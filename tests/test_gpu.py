@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels import mea_attention, mea_decode
+import functional
+from functional import mea_attention, mea_decode
 from model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -52,7 +52,7 @@ def test_ragged_decoding_equals_the_formula_in_float64(S, n, dtype):
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 @pytest.mark.parametrize("attention", ["mha", "mea", "dfa", "tha"])
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(attention, kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "_kernel", kernel)
+    monkeypatch.setattr(functional, "_kernel", kernel)
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=64, n_layer=2, n_head=4, n_embd=128, block_size=96, attention=attention)
     model, tokens = GPT(config).cuda(), torch.randint(64, (2, 97), device="cuda")

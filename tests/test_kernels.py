@@ -1,4 +1,4 @@
-"""kernels.py against the formulas in fp64: every path and gradient, odd lengths; compiled for GPUs not here."""
+"""functional.py and kernels.py against the formulas in fp64: every path and gradient; compiled for GPUs not here."""
 
 import json
 import logging
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import functional
 import kernels
 from attention import compose_heads
 from experiments import roofline
-from kernels import absorbed_attention, causal_attention, linear_cross_entropy, mea_attention, mea_decode
+from functional import absorbed_attention, causal_attention, linear_cross_entropy, mea_attention, mea_decode
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,8 +213,8 @@ def gradients(inputs, path, **settings):
 @pytest.fixture(params=["kept", "recomputed"])
 def weights(request, monkeypatch):
     """Both forms of the backward pass, with blocks so small that there are several of them, and heads in parts."""
-    monkeypatch.setattr(kernels, "KEPT", 512 if request.param == "kept" else 0)
-    monkeypatch.setattr(kernels, "TILE", 2**14)
+    monkeypatch.setattr(functional, "KEPT", 512 if request.param == "kept" else 0)
+    monkeypatch.setattr(functional, "TILE", 2**14)
     return request.param
 
 
@@ -270,7 +271,7 @@ def test_absorbed_attention_is_attention_with_composed_heads(positions):
 def test_one_tensor_may_be_query_key_and_value_and_a_backward_may_run_twice(weights, monkeypatch):
     x = attention_problem(1, 70, 70, 2, 2, 4, 4)[0]
     loss, exact = (causal_attention(x, x, x, path=path).square().sum() for path in ("blocks", "reference"))
-    monkeypatch.setattr(kernels, "TILE", 1)  # the number of threads may change before the backward pass
+    monkeypatch.setattr(functional, "TILE", 1)  # the number of threads may change before the backward pass
     for _ in range(2):
         assert_close(torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(exact, x, retain_graph=True))
 
@@ -376,7 +377,7 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
 
 @pytest.mark.parametrize("N, C, V", [(1, 3, 2), (37, 5, 11), (600, 8, 2000)])
 def test_the_loss_in_pieces_and_its_gradients_equal_cross_entropy(N, C, V, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", 16 * V)  # pieces of 16 rows
+    monkeypatch.setattr(functional, "TILE", 16 * V)  # pieces of 16 rows
     torch.manual_seed(0)
     x, weight, targets = torch.randn(N, C).double(), torch.randn(V, C).double(), torch.randint(V, (N,))
     x[0] *= 1e3  # logits of thousands
@@ -393,7 +394,7 @@ def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
     torch.manual_seed(0)
     x, weight = torch.randn(3000, 32, requires_grad=True), torch.randn(700, 32, requires_grad=True)
     targets = torch.randint(700, (3000,))
-    plain = lambda x, weight, targets: F.cross_entropy(kernels.widen(x @ weight.T), targets)
+    plain = lambda x, weight, targets: F.cross_entropy(functional.widen(x @ weight.T), targets)
     gradients = lambda loss, dtype: torch.autograd.grad(loss(x.to(dtype), weight.to(dtype), targets), (x, weight))
     ours, theirs = gradients(linear_cross_entropy, torch.bfloat16), gradients(plain, torch.bfloat16)
     for got, other, exact in zip(ours, theirs, gradients(plain, torch.float64)):
@@ -406,8 +407,8 @@ def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
 @pytest.mark.skipif(DEVICE == "cuda", reason="blocks are a CPU's")
 def test_auto_takes_blocks_where_they_are_faster(monkeypatch):
     taken = []
-    monkeypatch.setattr(kernels, "block_attention", lambda *_: taken.append("blocks"))
-    monkeypatch.setattr(kernels, "fused_attention", lambda *_: taken.append("sdpa"))
+    monkeypatch.setattr(functional, "block_attention", lambda *_: taken.append("blocks"))
+    monkeypatch.setattr(functional, "fused_attention", lambda *_: taken.append("sdpa"))
 
     def path(T, dtype, B=16, grad=True, positions=None, S=None):
         q = torch.empty(B, 8, T, 16, dtype=dtype, requires_grad=grad)
@@ -419,44 +420,44 @@ def test_auto_takes_blocks_where_they_are_faster(monkeypatch):
     assert path(1024, torch.bfloat16) == path(256, torch.float32) == "sdpa"  # slower there
     assert path(512, torch.bfloat16, grad=False) == path(64, torch.bfloat16, B=1) == "sdpa"
     assert path(512, torch.bfloat16, positions=torch.zeros(16, 512).long()) == "sdpa"
-    monkeypatch.setattr(kernels, "_kernel", "sdpa")
+    monkeypatch.setattr(functional, "_kernel", "sdpa")
     assert path(512, torch.bfloat16) == "sdpa"
 
 
 @pytest.fixture
 def fresh_choice(caplog, monkeypatch):
-    """No kernel chosen and nothing said yet; a function that lists what the log of kernels.py says."""
-    monkeypatch.setattr(kernels, "_kernel", "auto")
-    kernels.say_once.cache_clear()
-    caplog.set_level(logging.INFO, logger="kernels")
+    """No kernel chosen and nothing said yet; a function that lists what the log of functional.py says."""
+    monkeypatch.setattr(functional, "_kernel", "auto")
+    functional.say_once.cache_clear()
+    caplog.set_level(logging.INFO, logger="functional")
     return lambda: [record.message for record in caplog.records]
 
 
 def choose(path="auto", device=DEVICE, obstacle=None):
-    return kernels.choose_path("f", path, torch.device(device), torch.float32, 16, obstacle)
+    return functional.choose_path("f", path, torch.device(device), torch.float32, 16, obstacle)
 
 
 def test_auto_is_what_set_kernel_says(fresh_choice):
     assert choose() == "auto"
     for name in IN_TORCH:
-        kernels.set_kernel(name)
+        functional.set_kernel(name)
         assert choose() == name and choose("reference") == "reference"
     with pytest.raises(ValueError, match="kernel 'fast' is none of auto, triton, sdpa, blocks, reference"):
-        kernels.set_kernel("fast")
+        functional.set_kernel("fast")
 
 
 @needs_triton
 def test_triton_falls_back_aloud_and_once(fresh_choice, monkeypatch):
-    kernels.set_kernel("triton")
+    functional.set_kernel("triton")
     assert choose() == "triton"
     assert [choose(obstacle="too wide") for _ in range(3)] == ["auto"] * 3
     assert fresh_choice() == ["f takes torch's attention, not triton: too wide"]
     x = torch.randn(1, 2, 5, 16, device=DEVICE, dtype=torch.float64)
     mea_attention(x, x, x)
     assert "do not compute in torch.float64" in fresh_choice()[1]
-    monkeypatch.setattr(kernels, "triton_obstacle", lambda *_: "there is no GPU")
+    monkeypatch.setattr(functional, "triton_obstacle", lambda *_: "there is no GPU")
     with pytest.raises(ValueError, match="kernel 'triton' cannot run here: there is no GPU"):
-        kernels.set_kernel("triton")
+        functional.set_kernel("triton")
 
 
 def test_the_log_says_once_that_the_kernels_are_untimed(fresh_choice):
@@ -507,8 +508,8 @@ def test_every_path_honours_eps_and_autocast(path):
 
 def test_importing_never_needs_triton():
     script = (
-        "import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(1, 2, 3, 16)\n"
-        "print(kernels.triton, kernels.mea_attention(x, x, x).shape, kernels.mea_decode(x[:, :, :1], x, x).shape)"
+        "import sys; sys.modules['triton'] = None; import torch, functional, kernels; x = torch.randn(1, 2, 3, 16)\n"
+        "print(kernels.triton, functional.mea_attention(x, x, x).shape, functional.mea_decode(x[:, :, :1], x, x).shape)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("None torch.Size([1, 2, 3, 16])"), done.stderr
