@@ -520,11 +520,13 @@ def test_importing_never_needs_triton():
 def test_the_operators_pass_opcheck(norm):
     torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
     q, k, v, _, _, gain = random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)
-    out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
-    torch.library.opcheck(kernels.flash_grad, (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6))
-    torch.library.opcheck(kernels.decode, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
+    out, pre_norm, log_sum_exp = kernels.attention_op(q, k, v, gain, 1e-6, True)
+    torch.library.opcheck(
+        kernels.attention_backward_op, (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
+    )
+    torch.library.opcheck(kernels.decode_op, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
     inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, gain)]
-    torch.library.opcheck(kernels.flash, (*inputs, 1e-6, True))
+    torch.library.opcheck(kernels.attention_op, (*inputs, 1e-6, True))
 
 
 @needs_triton
