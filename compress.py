@@ -35,7 +35,7 @@ Virtual heads are the paper's format: MEA mixes them back as it reads them. `app
 """
 
 from options import autocast, choose_device, choose_dtype, fail, option, parse_options, read_json, run_program
-from options import save_picture, say, write_atomically
+from options import new_folder, progress, save_picture, say, write_atomically
 
 import contextlib
 import copy
@@ -52,12 +52,13 @@ import torch
 import torch.nn.functional as F
 
 from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
-from checkpoint import FORMAT, find_checkpoint, load_checkpoint, new_folder, save_checkpoint, to_pretrained
-from data.dataset import WindowSampler, open_dataset, validation_windows
-from data.tokenizer import load_tokenizer, progress
+from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint, starts_bare
+from data.dataset import open_dataset
+from data.sampler import WindowSampler, validation_windows
+from data.tokenizer import load_tokenizer
 from functional import PATHS, linear_cross_entropy, set_kernel
+from huggingface import to_pretrained
 from model import KVCache
-from sample import starts_bare
 from train import describe_data, evaluate, learning_rate, make_optimizer, same_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,6 +231,14 @@ class GPT(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
+    def on_device(self, device):
+        """This model in eval mode on a device, built without memory and given weights: ties what is tied, makes what no
+        file holds."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.make_rope()
+        return self.to(device).eval()
+
     def init_weights(self):
         """One rule for every variant: matrices N(0, 1 / fan-in), and embeddings that enter the residual stream
         unit-sized.

@@ -15,10 +15,13 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
+import time
 from dataclasses import field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +129,15 @@ def silence_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def progress(what: str, total: int | None = None, unit: str = "B"):
+    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 
@@ -208,7 +220,45 @@ def write_atomically(path, text):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, path)
+    replace_file(new, path)
+
+
+def replace_file(source, target, tries=20):
+    """os.replace; Windows refuses it while another program, a virus scanner perhaps, has a file open: try for 2 s."""
+    for attempt in range(1, tries + 1):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name != "nt" or attempt == tries:
+                raise
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def new_folder(folder, overwrite=False):
+    """A folder to write into, which becomes `folder` once all is written and flushed and nothing went wrong.
+
+    Raises FileExistsError if there is something at its place and `overwrite` is False, or OSError.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not overwrite:
+        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it first")
+    new, old = (folder.with_name(f".{folder.name}.{which}-{os.getpid()}") for which in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in new.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except OSError as error:
+        raise OSError(f"could not write {folder} ({error.strerror or error}); nothing of it is left") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def save_picture(path, draw):

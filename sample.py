@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import find_checkpoint, load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, starts_bare
 from data.tokenizer import load_tokenizer
 from functional import PATHS, set_kernel
 from model import KVCache
@@ -55,11 +55,6 @@ def open_model(path, device):
     start = () if starts_bare(state) else tokenizer.start_of_text
     silent = range(tokenizer.vocab_size, model.config.vocab_size)  # published models have rows that spell nothing
     return model, tokenizer, start, {*tokenizer.end_tokens, *silent}
-
-
-def starts_bare(state):
-    """Whether a checkpoint's model saw no start of text: one that train.py made, not one compressed from elsewhere."""
-    return "data" in state and not state.get("start_of_text", False)
 
 
 class TextStream:

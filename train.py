@@ -31,7 +31,8 @@ import model as gpt
 from attention import ATTENTION
 from checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from data import prepare
-from data.dataset import WindowSampler, open_dataset, validation_windows
+from data.dataset import open_dataset
+from data.sampler import WindowSampler, validation_windows
 from data.tokenizer import load_tokenizer
 from functional import PATHS, set_kernel
 from model import GPT, GPTConfig, build_config

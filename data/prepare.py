@@ -34,8 +34,8 @@ if __package__ in (None, ""):  # run as a program: make the repository importabl
 from data.dataset import DTYPES, META_FILE, SPLITS, Dataset, open_dataset, open_split, scan_tokens
 from data.dataset import TOKENIZER_FILE, shard_file
 from data.sources import CORPORA, DATA, PIECE, Corpus, local_corpus, named_corpus, python_corpus
-from data.tokenizer import Tokenizer, get_tokenizer, progress, train_bpe
-from options import check_options, fail, option, parse_options, run_program, say, sha256, write_atomically
+from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
+from options import check_options, fail, option, parse_options, progress, run_program, say, sha256, write_atomically
 
 TOKENIZER_BYTES = 16 << 20  # text that a bpe vocabulary is learned from, spread evenly over the corpus
 SHARD_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # llm.c's magic and version, for GPT-2 and Llama 3

@@ -22,14 +22,13 @@ import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import regex  # comes with tiktoken; `re` lacks \p{L}
 import tiktoken
 
 if __package__ in (None, ""):  # run as a program: make the repository importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from options import read_json, sha256, write_atomically
+from options import progress, read_json, sha256, write_atomically
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -345,15 +344,6 @@ def well_formed(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def progress(what: str, total: int | None = None, unit: str = "B"):
-    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 
 import torch
 
-from checkpoint import from_pretrained
 from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding, probe
-from data.dataset import open_dataset, validation_windows
+from data.dataset import open_dataset
+from data.sampler import validation_windows
+from huggingface import from_pretrained
 from train import evaluate
 
 

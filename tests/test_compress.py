@@ -35,9 +35,11 @@ from compress import (
     value_blocks,
     with_ranks,
 )
-from data.dataset import WindowSampler, open_dataset
+from data.dataset import open_dataset
 from data.prepare import prepare
-from checkpoint import load_checkpoint, to_pretrained
+from data.sampler import WindowSampler
+from checkpoint import load_checkpoint
+from huggingface import to_pretrained
 from model import GPT, GPTConfig, KVCache
 from sample import open_model
 

@@ -16,7 +16,7 @@ import torch
 
 import options
 import train
-from checkpoint import to_pretrained
+from huggingface import to_pretrained
 from experiments import bench, compression, minutes, report, roofline, sweep
 from model import GPT, GPTConfig
 

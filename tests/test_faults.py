@@ -16,7 +16,7 @@ from test_train import arguments, assert_same_run, metrics, refused, run
 import sample
 import train
 from experiments import torture
-from checkpoint import OLD_FORMATS, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 # --- Checkpoints and their checksums
@@ -51,24 +51,6 @@ def test_flipped_bits_and_truncations_are_found_and_the_checkpoint_before_named(
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="damaged.*checkpoint.prev.pt"):
             load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("format", OLD_FORMATS)
-def test_a_run_saved_in_an_older_format_goes_on_bit_for_bit(folder, tmp_path, format):
-    """Its optimizer numbers the parameters, and its config has a rope_scaling."""
-    shutil.copytree(folder, tmp_path / "new")
-    model, state = load_checkpoint(folder)
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in model.parameter_groups(0) for p in group["params"]]
-    state["optimizer"]["state"] = {i: state["optimizer"]["state"][name] for i, name in enumerate(order)}
-    for group in state["optimizer"]["param_groups"]:
-        group["params"] = [order.index(name) for name in group["params"]]
-    del state["config"]["rope_frequencies"], state["config"]["compose"]
-    state["config"]["rope_scaling"] = None
-    torch.save({**state, "format": format}, folder / "checkpoint.pt")
-    for resumed in (folder, tmp_path / "new"):
-        train.main(["--resume", "--max_steps", "64", "--out_dir", str(resumed)])
-    assert_same_run(folder, tmp_path / "new")
 
 
 class Killed(BaseException):

@@ -15,7 +15,8 @@ import train
 from data.dataset import open_dataset
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer, load_tokenizer
-from checkpoint import modern_config, from_pretrained, load_checkpoint, to_pretrained
+from checkpoint import load_checkpoint
+from huggingface import from_pretrained, to_pretrained
 from model import GPT, GPTConfig
 
 pytest.importorskip("safetensors")
@@ -129,10 +130,6 @@ def test_llama3_frequencies_stay_where_they_are_fast_and_slow_down_where_they_ar
     share = frequencies / plain
     torch.testing.assert_close(share[turns > 4], torch.ones_like(share[turns > 4]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(share[turns < 1], torch.full_like(share[turns < 1], 1 / 8), rtol=1e-5, atol=1e-5)
-    old = {name: value for name, value in vars(config).items() if name != "rope_frequencies"}
-    scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}  # as checkpoints named it before
-    modern = modern_config({**old, "rope_theta": 500.0, "rope_scaling": scaling})
-    assert modern["rope_frequencies"] == config.rope_frequencies
 
 
 def test_a_window_can_be_cut(llama):
@@ -199,7 +196,7 @@ def test_tensors_that_do_not_fit_are_named(llama, tmp_path):
 def test_folders_that_are_not_whole_are_refused(llama, tmp_path):
     folder, lora = tmp_path / "f", tmp_path / "lora"
     refusals = lambda error, words: pytest.raises(error, match=words)
-    with refusals(FileNotFoundError, "no checkpoint at"):
+    with refusals(FileNotFoundError, "no Hugging Face model at"):
         from_pretrained(tmp_path / "nowhere")
     changed(llama, folder)
     for content, words in (
@@ -238,7 +235,7 @@ def test_a_name_on_the_hub_is_fetched_or_one_line_says_what_to_do(llama, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(llama))
     assert torch.equal(load_checkpoint("owner/name")[0](tokens(1, 9))[0], from_pretrained(llama)(tokens(1, 9))[0])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: 1 / 0)  # as without a network
-    with pytest.raises(FileNotFoundError, match="no checkpoint at owner/name.*download the folder elsewhere"):
+    with pytest.raises(FileNotFoundError, match="owner/name on this disk.*download the folder elsewhere"):
         load_checkpoint("owner/name")
 
 
@@ -347,7 +344,7 @@ def with_tokenizer(tmp_path_factory):
 
 def test_a_folder_is_a_checkpoint(llama):
     model, state = load_checkpoint(llama)
-    assert state.keys() == {"model", "config"} and state["config"] == asdict(model.config)
+    assert state.keys() == {"model", "config", "pretrained"} and state["config"] == asdict(model.config)
     again = GPT(GPTConfig(**state["config"])).eval()
     again.load_state_dict(state["model"])
     assert torch.equal(again(tokens(1, 9))[0], model(tokens(1, 9))[0])

@@ -23,8 +23,9 @@ import kernels
 import model as gpt
 import sample
 import train
-from data.dataset import open_dataset, validation_windows
+from data.dataset import open_dataset
 from data.prepare import prepare
+from data.sampler import validation_windows
 from checkpoint import load_checkpoint, save_checkpoint
 from experiments import torture
 from options import parse_options

@@ -1,0 +1,330 @@
+"""Hugging Face models in and out: what is read or written is proven by comparing logits with `transformers`.
+
+    python huggingface.py --checkpoint out/mha --out_dir out/exported      # a folder that transformers loads
+
+In: a folder, a name on the hub, or a .gguf file of a Llama, Mistral, Qwen2 or Qwen3, or whatever computes the same.
+Out: an MHA, and an MEA without head norm, as a Llama, Qwen2 or Qwen3. No code in a folder is run, nothing is unpickled.
+The names of the parameters are Llama's on both sides. Read `model.py` first and `checkpoint.py` next.
+"""
+
+from options import fail, new_folder, option, parse_options, read_json, refuse_pointer, run_program, say
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+from attention import MEA
+from model import GPT, GPTConfig
+
+# The fields of `GPTConfig` that a transformers config has under another name, or the same.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What stands beside the weights and says how to use them: kept with a model, and written with it again.
+BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def import_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("Hugging Face models need transformers: pip install transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_pretrained(path):
+    """The config.json of a Hugging Face folder, or the .gguf file, that `path` means; None for what is not theirs.
+
+    What is not on this disk and looks like OWNER/NAME is fetched from the hub. Raises FileNotFoundError or ValueError.
+    """
+    given, path = str(path), Path(path)
+    if path.suffix == ".safetensors" or (path / "adapter_config.json").is_file():
+        what = "bare weights" if path.suffix == ".safetensors" else "a LoRA adapter: merge it into its model first"
+        raise ValueError(f"{path} is {what}; give a folder with config.json and model.safetensors")
+    # A folder of the owner's name means that a path on this disk was meant.
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) and not path.parent.exists():
+        path = fetch_from_hub(given)
+    config = path if path.name == "config.json" else path / "config.json"
+    if config.is_file() and "model_type" in read_json(config):  # a run folder has a config.json, too, without one
+        return config
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def fetch_from_hub(name):
+    """The local folder of a model on the hub: safetensors, config and tokenizer. Raises FileNotFoundError, one line."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except ImportError:
+        why = "pip install huggingface_hub to look for a model of that name on the hub"
+    except Exception:  # no network, no such name, no permission: the hub has an exception for each
+        advice = "without a network, download the folder elsewhere and give its path"
+        why = f"the hub has no such model, or cannot be reached: {advice}"
+    raise FileNotFoundError(f"no checkpoint at {name} on this disk, and {why}")
+
+
+def check_weights(folder):
+    """Raise ValueError or FileNotFoundError, in one line, unless there are safetensors in a Hugging Face folder."""
+    weights = list(folder.glob("*.safetensors"))
+    for path in weights:
+        refuse_pointer(path)
+    if not weights:
+        pickled = any(path.suffix in (".bin", ".pth", ".pt") for path in folder.iterdir())
+        why = "pickled weights only, and nothing is unpickled here: convert" if pickled else "no weights: download"
+        raise FileNotFoundError(f"{folder} has {why} model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def load_pretrained(path, device="cpu", block_size=None):
+    """(model in eval mode, state) of a config.json or .gguf file that `find_pretrained` found.
+
+    The state has `model`, `config`, and `pretrained`: the dtype of the weights' files and the text of those of BESIDE
+    that there are. transformers loads the model; both must then agree on 64 tokens, logits within 1e-4 of their size in
+    float32. `block_size` caps the positions, and so does a sliding window: up to its length every position sees all
+    before it, as here. Raises FileNotFoundError or ValueError, in one line.
+    """
+    folder, how = path.parent, dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    how |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # they are in the report
+    if path.suffix == ".gguf":  # its weights, often of 4 or 8 bits, become float32
+        how["gguf_file"] = path.name
+    else:
+        check_weights(folder)
+        how["use_safetensors"] = True
+    transformers = import_transformers()
+    try:
+        stored = (
+            transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if "use_safetensors" in how
+            else None
+        )
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs more packages: pip install gguf accelerate ({shorten(str(error), 100)})"
+        ) from None
+    except Exception as error:  # config.json may hold anything, and transformers raises anything for it
+        raise ValueError(f"transformers cannot load {folder}: {shorten(str(error), 200)}") from error
+    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names and what != "error_msgs"}
+    if wrong:
+        listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in wrong.items())
+        raise ValueError(f"the tensors in {folder} do not fit its config.json; {listed}")
+    try:
+        model = GPT(config_of(theirs, block_size))
+        model.load_state_dict(weights_of(theirs, model.config))
+    except Exception as error:
+        what = f"a {theirs.config.model_type} model that GPT has no form for"
+        raise ValueError(f"{folder} is {what}: {shorten(str(error), 200)}") from error
+    model = model.on_device("cpu")
+    if (error := logits_apart(model, theirs)) > 1e-4:
+        what = f"a {theirs.config.model_type} model, which computes something that GPT does not"
+        raise ValueError(f"{folder} is {what}: logits differ by {error:.1e}")
+    beside = {name: (folder / name).read_text("utf-8") for name in BESIDE if (folder / name).is_file()}
+    dtype = str(getattr(stored, "dtype", None) or torch.float32).removeprefix("torch.")
+    model = model.to(device)
+    return model, dict(
+        model=model.state_dict(), config=asdict(model.config), pretrained=dict(dtype=dtype, files=beside)
+    )
+
+
+def from_pretrained(name_or_folder, device="cpu", block_size=None):
+    """The model of a Hugging Face folder, hub name or .gguf file, an MHA: see `load_pretrained`.
+
+    Raises FileNotFoundError or ValueError, in one line, for what is not whole or computes something else.
+    """
+    path = find_pretrained(name_or_folder)
+    if path is None:
+        raise FileNotFoundError(f"no Hugging Face model at {name_or_folder}: its config.json is missing")
+    return load_pretrained(path, device, block_size)[0]
+
+
+@torch.no_grad()
+def logits_apart(model, theirs):
+    """The largest difference of two models' logits on 64 tokens, over their largest size; infinity for NaN."""
+    shape, source = (1, min(64, model.config.block_size)), torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=source)
+    wanted, found = theirs.eval()(tokens).logits, model(tokens)[0]
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1)).nan_to_num(torch.inf).item()
+
+
+def rotary_frequencies(config):
+    """(rotary frequencies, scale of cos and sin) of a transformers config, whatever its kind of RoPE."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
+    return rotary.inv_freq.double().tolist(), float(rotary.attention_scaling)
+
+
+def config_of(theirs, block_size=None):
+    """The `GPTConfig` of a transformers model. Raises whatever a config without Llama's fields raises."""
+    c, names = theirs.config, theirs.state_dict().keys()
+    shape = {ours: getattr(c, name, None) for ours, name in FIELDS.items()}
+    window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
+    shape["block_size"] = min(limit for limit in (shape["block_size"], window, block_size) if limit)
+    shape["qk_norm"] = any(name.endswith("q_norm.weight") for name in names)
+    shape["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
+    if c.rope_parameters["rope_type"] != "default":
+        shape["rope_frequencies"] = rotary_frequencies(c)[0]
+    rope_theta = float(c.rope_parameters["rope_theta"])
+    return GPTConfig(**shape, attention="mha", rope_theta=rope_theta, embedding_multiplier=1.0)
+
+
+def weights_of(theirs, config):
+    """The state dict of a transformers model under our names. Raises ValueError, naming what GPT cannot hold."""
+    weights = {name.removeprefix("model."): w.detach() for name, w in theirs.state_dict().items()}
+    if damaged := [name for name, w in weights.items() if not w.isfinite().all()]:
+        raise ValueError(f"{damaged[0]} holds numbers that are not finite")
+    if config.tie_embeddings and not torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"]):
+        raise ValueError("its config.json ties lm_head.weight to the embedding, and its weights differ")
+    for name in [name for name in weights if name.endswith("o_proj.bias")]:
+        if weights.pop(name).any():
+            raise ValueError(f"{name} is a bias on the output projection")
+    scale = rotary_frequencies(theirs.config)[1]
+    if scale != 1:  # yarn scales cos and sin of queries and keys: here the queries alone carry the square
+        name = "self_attn.q_norm" if config.qk_norm else "self_attn.q_proj"
+        weights = {key: w * scale**2 if name in key else w for key, w in weights.items()}
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def exported_model(model, special_tokens):
+    """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3.
+
+    `special_tokens` has the ids that begin and end a text. Raises ValueError for a model that none of them can say.
+    """
+    c, weights = model.config, model.state_dict()
+    if c.head_norm:
+        raise ValueError("a model with a head norm cannot be exported: transformers has no Llama with one")
+    if c.attention not in ("mha", "mea"):
+        raise ValueError(f"{c.attention} cannot be exported: transformers has no Llama with it, only with mha")
+    if len({c.kv_heads(layer) for layer in range(c.n_layer)}) > 1:
+        raise ValueError("layers with different numbers of key/value heads cannot be exported: a Llama has one number")
+    if c.qk_norm and c.attention_bias:
+        raise ValueError("qk_norm with attention_bias cannot be exported: Qwen3 has the first, Qwen2 the second")
+    for i, block in enumerate(model.layers):
+        if isinstance(block.self_attn, MEA):  # fold() refuses what is more than an MHA
+            prefix = f"layers.{i}.self_attn."
+            weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
+            weights |= {prefix + name: w for name, w in block.self_attn.fold().state_dict().items()}
+    if c.embedding_multiplier != 1:  # goes into the embedding, which is then no longer the head
+        weights["embed_tokens.weight"] = weights["embed_tokens.weight"] * c.embedding_multiplier
+    rope = dict(rope_type="default", rope_theta=c.rope_theta)
+    if c.rope_frequencies is not None:  # longrope is the one type that takes any list: theta^(-2i/D) / factor_i
+        plain = [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
+        factors = [a / b for a, b in zip(plain, c.rope_frequencies)]
+        rope |= dict(rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0)
+        rope |= dict(factor=1.0, original_max_position_embeddings=c.block_size)
+    kind = "Qwen3" if c.qk_norm else "Qwen2" if c.attention_bias else "Llama"
+    shape = {name: getattr(c, ours) for ours, name in FIELDS.items()} | dict(num_key_value_heads=c.kv_heads(0)[0])
+    shape |= dict(tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1, rope_parameters=rope)
+    shape |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | special_tokens
+    transformers = import_transformers()
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config)
+    theirs.load_state_dict({name if name.startswith("lm_head.") else f"model.{name}": w for name, w in weights.items()})
+    return theirs
+
+
+@torch.no_grad()
+def to_pretrained(model, folder, tokenizer=None, pretrained=None, bare=False, dtype=None, overwrite=False):
+    """Write the model as a Hugging Face folder that `transformers` loads to equal logits, its tokenizer along.
+
+    `pretrained` is what the state of a model that came from such a folder says of it: the files beside the weights are
+    written again, and the weights in their dtype, unless `dtype` says another. `bare`: the model saw no start of text,
+    so the tokenizer writes none. Returns what could not be written, one line or "". The folder appears when it is
+    complete. Raises ValueError for a model that transformers has no form for, FileExistsError for a folder that exists,
+    or OSError.
+    """
+    pretrained, content, note, special_tokens = pretrained or {}, None, "no tokenizer was given", {}
+    if tokenizer is not None:
+        ends, note = sorted(tokenizer.end_tokens), ""
+        special_tokens = dict(bos_token_id=None if bare else next(iter(tokenizer.start_of_text), None))
+        special_tokens |= dict(eos_token_id=ends[0] if len(ends) == 1 else ends)
+        try:
+            content = tokenizer.to_hugging_face()
+        except ValueError as error:
+            note = str(error)
+    model = model.cpu().float()
+    theirs = exported_model(model, special_tokens)
+    if (error := logits_apart(model, theirs)) > 1e-4:
+        raise ValueError(f"transformers computes something else from this model: logits differ by {error:.1e}")
+    theirs = theirs.to(getattr(torch, dtype or pretrained.get("dtype", "float32")))
+    with new_folder(folder, overwrite) as new:
+        try:
+            theirs.save_pretrained(new)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors has an exception of its own for a full disk
+            raise OSError(str(error)) from error
+        texts = dict(pretrained.get("files", {}))
+        if content is not None:
+            about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=tokenizer.decode([tokenizer.end_of_text]))
+            if bare:
+                content = without_start_of_text(content)
+            texts["tokenizer.json"] = json.dumps(content, indent=2) + "\n"
+            texts.setdefault("tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+    return note
+
+
+def without_start_of_text(content):
+    """A tokenizer.json that puts nothing in front of a text: without its template, the part that does."""
+    processor = content.get("post_processor") or {}
+    rest = [part for part in processor.get("processors", [processor]) if part.get("type") != "TemplateProcessing"]
+    return content | dict(post_processor=dict(type="Sequence", processors=rest) if rest and rest[0] else None)
+
+
+@dataclass
+class Options:
+    checkpoint: str = option("out/small", "run folder or checkpoint to write for transformers")
+    out_dir: str = option("", "folder to write (default: the checkpoint's with -hf behind it)")
+    dtype: str = option("auto", "of the weights; auto: as they came", ["auto", "float32", "bfloat16", "float16"])
+    overwrite: bool = option(False, "replace what an earlier export wrote to out_dir")
+
+
+def main(argv=None):
+    from checkpoint import find_checkpoint, load_checkpoint, starts_bare  # which import this file
+    from data.tokenizer import load_tokenizer
+
+    o, _ = parse_options(Options, argv)
+    out_dir = Path(o.out_dir or f"{o.checkpoint.rstrip('/')}-hf")
+    try:
+        if o.overwrite and out_dir.exists() and not (out_dir / "config.json").is_file():
+            raise ValueError(f"{out_dir} is no Hugging Face folder: give another --out_dir")
+        model, state = load_checkpoint(o.checkpoint)
+        tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)
+        how = dict(pretrained=state.get("pretrained"), bare=starts_bare(state), overwrite=o.overwrite)
+        note = to_pretrained(model, out_dir, tokenizer, dtype=None if o.dtype == "auto" else o.dtype, **how)
+    except (ValueError, OSError) as error:
+        fail(error)
+    say(f"wrote {out_dir}, which transformers loads to the same logits" + (f"; {note}" if note else ""))
+
+
+if __name__ == "__main__":
+    run_program(main)
