@@ -162,7 +162,7 @@ class LayerCache:
 
     def __init__(self, cache, k, v):
         self.cache, self.k, self.v = cache, k, v
-        self.folded = None  # MEA's folded projections: valid as long as the entries made with them
+        self.projections = None  # MEA's, with their compositions folded in: valid as long as the entries made with them
 
     def rope(self, length):
         """(cos, sin) of the cached positions, each (length, 1, D): a row's entry stands where it is stored."""
