@@ -25,7 +25,6 @@ from dataclasses import field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
 from textwrap import shorten
-from types import SimpleNamespace
 from typing import get_args
 
 WINDOWS = os.name == "nt"
@@ -154,13 +153,33 @@ def silence_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def progress(what: str, total: int | None = None, unit: str = "B"):
-    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
+def progress(what, total=None, unit="B"):
+    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, plain lines."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
+        return PlainProgress(what, total)
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
+
+
+class PlainProgress:
+    """A line on standard error every few seconds: how much of the work is done."""
+
+    SECONDS = 5
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done, self.said = what, total, 0, time.monotonic()
+
+    def update(self, amount):
+        self.done += amount
+        if self.said + self.SECONDS < time.monotonic():
+            self.said = time.monotonic()
+            print(
+                f"{self.what}: {self.done / self.total:.0%}" if self.total else self.what, file=sys.stderr, flush=True
+            )
+
+    def close(self):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
