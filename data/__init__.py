@@ -1,1 +1,1 @@
-"""Text to tokens: sources.py (where text comes from), tokenizer.py, prepare.py, dataset.py (what comes of it)."""
+"""Text to tokens to batches: sources.py (where text comes from), tokenizer.py, prepare.py, dataset.py, sampler.py."""

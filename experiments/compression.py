@@ -26,9 +26,13 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 
 import torch
 
-from compress import METHODS, Mixture, Seen, calibrate, choose_ranks, compress, decoding, probe
-from data.dataset import open_dataset, validation_windows
+from attention import one_hot_composition
+from compress import METHODS, Calibration, calibrate, choose_ranks, compress, probe
+from data.dataset import open_dataset
+from data.texts import Turns
+from data.sampler import validation_windows
 from huggingface import from_pretrained
+from model import KVCache
 from train import evaluate
 
 
@@ -75,6 +79,10 @@ OURS = {  # row: (options of compress.py, whether it is healed)
 }
 
 
+def run(script, *how):
+    subprocess.run(program(script, *how), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
 def our_checkpoints(o):
     rows = Rows(RESULTS / "compression.json")
     folders = [Path(folder) for folder in o.checkpoints.split(",")]
@@ -82,12 +90,25 @@ def our_checkpoints(o):
     def compressed(folder, name):
         options, heals = OURS[name]
         out = ROOT / o.out_dir / f"{folder.name}-{name.replace(', ', '-').replace(' ', '-')}"
-        how = ["--checkpoint", folder, "--out_dir", out, *options.split(), "--overwrite", "--threads", o.threads]
-        how += ["--heal_steps", o.heal_steps, "--continue_original"] if heals else []
-        how += ["--data_dir", o.data_dir] if o.data_dir else []
-        subprocess.run(program("compress.py", *how), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        data = ["--data_dir", o.data_dir] if o.data_dir else []
+        how = ["--checkpoint", folder, "--out_dir", out, *options.split(), "--overwrite", "--threads", o.threads, *data]
+        run("compress.py", *how)
         report = json.loads((out / "report.json").read_text())
+        if heals:
+            report["loss"]["healed"] = trained(out, report["options"]["data_dir"])
+            original = rows.fill(f"{folder.name} | continued", lambda: trained(folder, report["options"]["data_dir"]))
+            report["loss"]["continued"] = original
         return {name: report[name] for name in ("loss", "kv_bytes_per_token", "ranks")}
+
+    def trained(folder, data_dir):
+        """The loss of a checkpoint that goes on for heal_steps, as compress.py says."""
+        out = ROOT / o.out_dir / f"{Path(folder).name}-trained"
+        schedule = ["--learning_rate", 3e-4, "--final_rate", 0, "--weight_decay", 0, "--max_steps", o.heal_steps]
+        schedule += ["--warmup_steps", max(1, o.heal_steps // 10), "--eval_windows", 64, "--seed", 1]
+        where = ["--init_from", folder, "--data_dir", data_dir, "--out_dir", out, "--threads", o.threads]
+        run("train.py", *where, *schedule, "--overwrite")
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["val_loss"]
 
     for folder in folders:
         for name in OURS:
@@ -124,6 +145,35 @@ def planned(seeds):
     return [*half, *repeated, *others, (0.5, "aligned, probe", 0)]
 
 
+@torch.no_grad()
+def pool(model, ranks):
+    """Neighbouring key/value heads become their average, as grouped-query attention is made (2305.13245): `svd` then
+    finds as many distinct heads as `ranks` has."""
+    for block, numbers in zip(model.layers, ranks):
+        for projection, rank in zip((block.self_attn.k_proj, block.self_attn.v_proj), numbers):
+            for w in projection.parameters():
+                heads = w.view(-1, model.config.head_dim, *w.shape[1:])
+                groups = one_hot_composition(rank, len(heads)).to(w)  # (rank, n)
+                mean = torch.einsum("gh,h...->g...", groups / groups.sum(1, keepdim=True), heads)
+                heads.copy_(torch.einsum("gh,g...->h...", groups, mean))
+
+
+@torch.inference_mode()
+def decoding(model, rows, context, tokens=8):
+    """(tokens per second, cache bytes) of decoding against about `context` positions: the median over two seconds."""
+    cache = KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device)
+    times, tokens = [], min(tokens, context)
+    while len(times) < 8 or sum(times) < 2:
+        cache.lengths = [context - tokens] * rows
+        token = torch.zeros(rows, 1, dtype=torch.long, device=cache.device)
+        began = time.perf_counter()
+        for _ in range(tokens):
+            token = model(token, cache=cache)[0].argmax(-1)
+        token.tolist()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return rows * tokens / statistics.median(times[1:]), cache.nbytes  # the first one warmed up
+
+
 def pretrained(o):
     """The rows of `planned`, and how fast the model decodes."""
     torch.set_num_threads(o.threads)
@@ -139,7 +189,7 @@ def pretrained(o):
 
     def windows_seen(seed):
         """(tokens that calibrate, the windows behind them that a probe measures on)."""
-        sampler = Mixture([texts[folder].train for folder in folders], T, seed)
+        sampler = Turns([texts[folder].train for folder in folders], T, seed)
         inputs, targets = sampler.batch(0, o.calibration_windows + o.probe_windows)
         n = o.calibration_windows
         return torch.from_numpy(inputs[:n]), (inputs[n:], targets[n:])
@@ -153,16 +203,19 @@ def pretrained(o):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save((layers, time.monotonic() - began), path)
         layers, seconds = torch.load(path, weights_only=True, mmap=True)
-        return [Seen(**layer) for layer in layers], seconds
+        return [Calibration(**layer) for layer in layers], seconds
 
     def compressed(ratio, name, seed):
         model, (method, *probed) = copy.deepcopy(load()), name.split(", ")
+        pooled, method = method == "pooled", "svd" if method == "pooled" else method
         seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
         began, costs = time.monotonic(), None
         if probed:
             tokens, few = windows_seen(seed)
             costs = probe(copy.deepcopy(model), method, tokens, few, dtype=dtype)
         ranks = choose_ranks(model.config, ratio, "probe" if probed else "all", costs, method)
+        if pooled:
+            pool(model, ranks)
         compress(model, ranks, method, seen)
         seconds = dict(calibrating=round(seconds, 1), fitting=round(time.monotonic() - began, 1))
         heads = [[n * model.config.cached_dim / model.config.head_dim for n in pair] for pair in ranks]

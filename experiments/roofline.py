@@ -137,9 +137,9 @@ def record_launches(shared, B=8, T=2048, H=16, n_k=4, n_v=4, D=128, dtype=torch.
     record = lambda kernel, grid, *arguments, **options: launches.append((kernel, arguments, options))
     with mock.patch.multiple(kernels, launch=record, device_limits=lambda device: (shared, 132)):
         q, gain = heads(H, T), weight(H, D)
-        out, pre_norm, log_sum_exp = kernels.flash_forward(q, q, q, gain, 1e-6, True)
-        kernels.flash_backward(out, q, q, q, gain, pre_norm, log_sum_exp, 1e-6)
-        kernels.decode_forward(
+        out, pre_norm, log_sum_exp = kernels.launch_attention(q, q, q, gain, 1e-6, True)
+        kernels.launch_attention_backward(out, q, q, q, gain, pre_norm, log_sum_exp, 1e-6)
+        kernels.launch_decode(
             heads(H, 1), heads(n_k, T), heads(n_v, T), weight(n_k, H), weight(n_v, H), gain, weight(B).int(), 1e-6
         )
     return launches

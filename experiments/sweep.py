@@ -45,6 +45,7 @@ import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig, build_config
+from runs import CHANGEABLE
 
 
 @dataclass
@@ -157,11 +158,11 @@ def diverged(folder):
 def check_run(folder, options):
     """ValueError for options that train.py would refuse, or a folder with another run; else the options read."""
     o, _ = parse_options(train.Options, options, train.PRESETS)
-    build_config(o)
-    saved = read_config(folder, "options")
-    for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
-        if saved[name] != getattr(o, name):
-            other = f"a run with {name} {saved[name]}, not {getattr(o, name)}"
+    wanted, saved = vars(o) | asdict(build_config(o)), read_config(folder, "options")
+    wanted["window"] = o.window or wanted["block_size"]
+    for name in sorted(saved.keys() & wanted.keys() - (CHANGEABLE - {"max_steps"}) - {"vocab_size"}):
+        if saved[name] != wanted[name]:
+            other = f"a run with {name} {saved[name]}, not {wanted[name]}"
             raise ValueError(f"{folder} holds {other}: give another --out_dir, or remove it")
     return o
 

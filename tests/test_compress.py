@@ -4,8 +4,8 @@ refused.
 
 import itertools
 import json
+import shlex
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,33 +14,29 @@ import train
 from attention import ATTENTION, apply_rope, rope_table
 from compress import (
     METHODS,
-    Mixture,
-    Seen,
-    align_by_rotation,
+    Calibration,
     allocate,
-    approximate,
     calibrate,
     choose_ranks,
     compress,
     compress_layer,
     effective_heads,
-    fit_any_maps,
-    fit_in_closed_form,
-    key_blocks,
-    latent_maps,
     probe,
     refit_output,
     second_moments,
     uniform_ranks,
-    value_blocks,
     with_ranks,
 )
-from data.dataset import WindowSampler, open_dataset
+from data.dataset import open_dataset
+from data.sampler import validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
+from lowrank import approximate
 from model import GPT, GPTConfig, KVCache
+from options import choose_dtype
 from sample import open_model
+from test_lowrank import phases, rotation
 
 BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
 D, C = 6, 24
@@ -57,173 +53,6 @@ def make(seed=0, **fields):
 
 def tokens(*shape, seed=1):
     return torch.randint(37, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_heads(n, seed=0, columns=C):
-    return torch.randn(n, D, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def rebuilt(w, turn, parts):
-    """T_h sum_c w[c, h] B_c."""
-    return torch.einsum("hab,ch,cbm->ham", turn, w, parts)
-
-
-def random_metric(n, kind, scalar=False):
-    """S of each head: the same for both halves of a key's pairs, any matrix for values, or a number."""
-    if scalar:
-        return random_heads(n, 3)[:, 0, 0].exp()[:, None, None] * torch.eye(D, dtype=torch.float64)
-    return (
-        torch.diag_embed(random_heads(n, 3)[:, : D // 2, 0].exp().repeat(1, 2))
-        if kind == "k"
-        else random_heads(n, 3, D)
-    )
-
-
-def rotation(seed):
-    return torch.linalg.qr(random_heads(1, seed, D)[0]).Q
-
-
-def phases(seed):
-    """A head's key turned by its own angle at every rotary frequency, as a real (D, D) matrix."""
-    angle = torch.rand(D // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6.28
-    cos, sin = torch.diag(angle.cos()), torch.diag(angle.sin())
-    return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)), 0)
-
-
-# --- the approximation
-
-
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
-@pytest.mark.parametrize("kind", "kv")
-@pytest.mark.parametrize("metric", [False, True])
-def test_full_rank_is_exact(maps, kind, metric):
-    weight = random_heads(5)
-    moment = S = None
-    if metric:
-        moment = random_heads(5, 7, 30).flatten(0, 1)
-        moment, S = moment @ moment.T, random_metric(5, kind, scalar=maps == "rotations")
-    w, turn, parts, errors = approximate(weight, 5, kind, maps, moment, S)
-    torch.testing.assert_close(rebuilt(w, turn, parts), weight, rtol=1e-8, atol=1e-8)
-    assert errors[-1] < 1e-12
-
-
-@pytest.mark.parametrize("kind", "kv")
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
-def test_identical_heads_need_one_component(kind, maps):
-    weight = random_heads(1).expand(4, D, C) * torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]
-    w, turn, parts, errors = approximate(weight, 1, kind, maps)
-    assert errors[-1] < 1e-12
-    torch.testing.assert_close(rebuilt(w, turn, parts), weight)
-
-
-@pytest.mark.parametrize("kind,turned", [("v", rotation), ("k", phases)])
-def test_heads_that_differ_by_a_rotation_need_one_component_once_they_are_aligned(kind, turned):
-    """Why alignment exists: the truncated SVD can only add heads that agree on their coordinates."""
-    weight = torch.stack([turned(seed) @ random_heads(1)[0] for seed in range(4)])
-    for maps, exact in (("none", False), ("rotations", True), ("any", True)):
-        w, turn, parts, errors = approximate(weight, 1, kind, maps)
-        assert (errors[-1] < 1e-10) == exact
-        assert (rebuilt(w, turn, parts) - weight).abs().max() < 1e-4 or not exact
-
-
-@pytest.mark.parametrize("kind", "kv")
-def test_heads_that_differ_by_any_free_map_need_one_component(kind):
-    """A value head by an invertible matrix, a key head by a size and an angle at every frequency: more than rotations
-    undo.
-    """
-    free = (
-        [random_heads(1, seed, D)[0] for seed in range(4)]
-        if kind == "v"
-        else [phases(seed) @ torch.diag(torch.rand(D // 2).repeat(2).double() + 0.2) for seed in range(4)]
-    )
-    weight = torch.stack([matrix @ random_heads(1, 9)[0] for matrix in free])
-    assert approximate(weight, 1, kind, "rotations")[3][-1] > 1e-3
-    assert approximate(weight, 1, kind, "any")[3][-1] < 1e-6
-
-
-@pytest.mark.parametrize("kind", "kv")
-@pytest.mark.parametrize("n,rank", [(3, 2), (8, 4), (5, 1)])
-def test_no_round_makes_it_worse_and_each_freedom_helps(kind, n, rank):
-    heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n))
-    w, turn, rotated = align_by_rotation(heads, rank)
-    errors = rotated + fit_any_maps(heads, w, turn)[2]
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:]))
-    assert errors[-1] < 0.99 * rotated[-1] < 0.99 * errors[0] == 0.99 * align_by_rotation(heads, rank, rounds=0)[2][0]
-
-
-def test_one_component_less_than_heads_reaches_the_best_there_is_at_every_frequency():
-    """For n -> n-1, complex numbers per head and frequency lose nothing to an SVD of each frequency by itself."""
-    heads = key_blocks(random_heads(3, seed=4, columns=40))
-    best = torch.linalg.svdvals(heads[:, :, 0].transpose(0, 1))[:, 2].square().sum() / heads.abs().square().sum()
-    w, turn, _ = align_by_rotation(heads, 2)
-    assert fit_any_maps(heads, w, turn, rounds=3000, tolerance=1e-9)[2][-1] == pytest.approx(best.item(), rel=1e-2)
-
-
-@pytest.mark.parametrize("kind", "kv")
-@pytest.mark.parametrize("n,rank", [(3, 2), (4, 3), (3, 1), (5, 1), (2, 1)])
-def test_the_closed_form_reaches_the_bound_and_the_iteration_does_no_better(kind, n, rank):
-    heads = (key_blocks if kind == "k" else value_blocks)(random_heads(n, seed=n, columns=40))
-    w, turn, error, least = fit_in_closed_form(heads, rank)
-    lost = torch.linalg.svdvals(heads.transpose(0, 1).flatten(1, 2))[:, rank * heads.size(2) :].square().sum()
-    assert error == pytest.approx(least, rel=1e-6)
-    assert least == pytest.approx((lost / heads.abs().square().sum()).item(), rel=1e-6)
-    start = align_by_rotation(heads, rank)
-    assert fit_any_maps(heads, *start[:2])[2][-1] > 0.999 * error
-
-
-@pytest.mark.parametrize("kind", "kv")
-def test_one_component_is_the_least_error_in_the_metric(kind):
-    """Against (1) solved with the metric applied by hand, and better in it than without it."""
-    weight, S = random_heads(4), random_metric(4, kind)
-    cost = lambda maps: (S @ (weight - rebuilt(*maps))).square().sum()
-    weighted, plain = (approximate(weight, 1, kind, "any", metric=metric) for metric in (S, None))
-    assert cost(weighted[:3]) < 0.99 * cost(plain[:3])
-    assert weighted[3][-1] == pytest.approx((cost(weighted[:3]) / (S @ weight).square().sum()).item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("metric", [False, True])
-def test_a_latent_is_the_best_of_its_width_and_no_virtual_heads_beat_it(metric):
-    weight, moment = random_heads(4), random_heads(4, 7, 60).flatten(0, 1)
-    moment, S = moment @ moment.T, random_metric(4, "k") if metric else None
-    down, up, error = latent_maps(weight, 2 * D, "v", moment, S)[:3]
-    assert down.shape == (2 * D, C) and up.shape == (4 * D, 2 * D)
-    torch.testing.assert_close(up @ down @ torch.linalg.pinv(down), up)  # a projection
-    for kind in "kv":
-        assert error < approximate(weight, 2, kind, "any", moment, S)[3][-1]
-    lost = torch.eye(4 * D, dtype=torch.float64) - up @ torch.linalg.pinv(up.T @ (M := S_squared(S)) @ up) @ up.T @ M
-    root = torch.linalg.cholesky(M).T
-    assert error == pytest.approx(((root @ lost @ moment @ lost.T @ root.T).trace() / (M @ moment).trace()).item())
-
-
-def S_squared(S):
-    return torch.eye(4 * D, dtype=torch.float64) if S is None else torch.block_diag(*S).T @ torch.block_diag(*S)
-
-
-def test_the_truncated_svd_is_the_best_of_its_kind():
-    heads = value_blocks(random_heads(5))
-    singular = torch.linalg.svdvals(heads.flatten(1))
-    assert align_by_rotation(heads, 3, rounds=0)[2][-1] == pytest.approx(
-        (singular[3:].square().sum() / singular.square().sum()).item()
-    )
-
-
-@pytest.mark.parametrize("maps", ["none", "rotations", "any"])
-@pytest.mark.parametrize("kind", "kv")
-def test_the_reported_error_is_what_is_missing_at_the_end(kind, maps):
-    weight = random_heads(5, seed=3)
-    w, turn, parts, errors = approximate(weight, 3, kind, maps)
-    missed = (weight - rebuilt(w, turn, parts)).square().sum() / weight.square().sum()
-    assert (
-        missed.item() <= errors[-1] * (1 + 1e-9)
-        and errors[-1] == pytest.approx(missed.item(), rel=1e-3)
-        and (len(errors) == 1) == (maps == "none")
-    )
-
-
-def test_a_keys_map_commutes_with_rope():
-    turn, rope = phases(3), tuple(table.double() for table in rope_table(9, D))
-    x = random_heads(1, 5, 9)[0].T.view(1, 9, 1, D)
-    torch.testing.assert_close(apply_rope(x @ turn.T, rope), apply_rope(x, rope) @ turn.T)
 
 
 # --- models
@@ -246,7 +75,7 @@ def change(model, ranks, method, x):
     return ((model(x)[0] - before).norm() / before.norm()).item(), errors
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "pooled"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(source, method):
     """Heads that are mixtures of two need two components, whatever the metric."""
@@ -338,22 +167,6 @@ def test_a_compressed_model_decodes_from_a_cache_of_exactly_its_bytes(source, me
             to_pretrained(model, "nowhere")
 
 
-@pytest.mark.parametrize("metric", [False, True])
-def test_keys_by_frequency_commute_with_rope_and_keep_the_most_they_can(metric):
-    """As many numbers for every frequency are the closed form of virtual heads; freely spread they lose less."""
-    weight, moment, S = random_heads(3), None, random_metric(3, "k") if metric else None
-    down, up, error, pairs = latent_maps(weight, 2 * D, "k", moment, S)
-    x = torch.randn(7, C, dtype=torch.float64)
-    tables = [table.double() for table in rope_table(7, D)]
-    columns = torch.cat((pairs, pairs + D // 2))
-    cached = apply_rope((x @ down.T)[None, :, None], tuple(table[..., columns] for table in tables))[0, :, 0]
-    rotated_after = apply_rope((x @ down.T @ up.T).view(1, 7, 3, D), tables).flatten(2)[0]
-    torch.testing.assert_close(cached @ up.T, rotated_after)
-    assert error <= approximate(weight, 2, "k", "any", moment, S)[3][-1] + 1e-12
-    assert latent_maps(weight, 2 * D, "v", moment, S)[2] < error
-    assert latent_maps(weight, 3 * D, "k", moment, S)[2] < 1e-12
-
-
 def test_a_part_of_a_head_can_be_kept():
     fields = dict(attention="mha", n_embd=64, n_head=4)  # heads of 16, quarters of 4
     config = with_ranks(GPTConfig(**{**BASE, **fields}), [(9, 7)] * 2, "absorbed")
@@ -430,7 +243,7 @@ def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
     for kind in "kv":
         assert errors[kind] == approximate(effective_heads(attn, kind)[0], 2, kind, "rotations")[3][-1]
     before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
-    refit_output(smaller, Seen({}, [x], [attn(x, rope)], rope, torch.float32))
+    refit_output(smaller, Calibration({}, [x], [attn(x, rope)], rope, torch.float32))
     after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
     assert (
         after[0] < 0.2 * before[0] and after[1] < 2 * before[1]
@@ -511,26 +324,26 @@ def trained(tmp_path_factory, data):
 
 
 def run(options):
-    small = "" if "--export" in options else " --eval_windows 4 --calibration_windows 4 --threads 1"
-    program.main((options + small).split())
+    program.main((options + " --eval_windows 4 --calibration_windows 4 --threads 1").split())
 
 
-def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
+def test_the_program_reports_what_it_made(trained, data, tmp_path, capsys):
     out = tmp_path / "half"
-    how = "--budget probe --probe_windows 2 --curve 1.0,0.5,0.25 --heal_steps 3 --continue_original --rows 2"
-    run(f"--checkpoint {trained / 'mha'} --out_dir {out} {how}")
+    run(f"--checkpoint {trained / 'mha'} --out_dir {out} --budget probe --probe_windows 2 --seed 3")
     printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
     model, state = load_checkpoint(out)
-    assert report["kv_bytes_per_token"]["after"] * 2 == report["kv_bytes_per_token"]["before"] == 2 * 2 * 32 * 4
-    cache = KVCache(model.config, 2, report["cache"]["context"])
-    assert cache.nbytes == report["cache"]["bytes"]["after"] and report["kv_ratio"] == 0.5
+    assert report["kv_bytes_per_token"] == dict(before=2 * 2 * 32 * 4, after=2 * 32 * 4) and report["kv_ratio"] == 0.5
+    assert KVCache(model.config, 2, 10).nbytes == 2 * 10 * report["kv_bytes_per_token"]["after"]
     assert report["ranks"] == model.config.n_kv_head and sum(map(sum, report["ranks"])) == 8
-    assert report["loss"].keys() == {"before", "after", "healed", "continued"} == report["bpb"].keys()
-    assert "cached bytes per token" in printed and len(report["errors"]) == 2
-    assert [point["kv_ratio"] for point in report["curve"]] == [1.0, 0.5, 0.25]
-    assert report["curve"][0]["loss"] == pytest.approx(report["loss"]["before"], abs=1e-4)
-    assert report["curve"][1]["loss"] == pytest.approx(report["loss"]["after"], abs=1e-5)
-    assert (out / "report.png").stat().st_size > 10_000 and "report.png" in printed
+    assert report["loss"].keys() == {"before", "after"} == report["bpb"].keys()
+    text, windows = open_dataset(data), {}
+    for stage, what in (("before", load_checkpoint(trained / "mha")[0]), ("after", model)):
+        windows = validation_windows(text.val, 64, 4)
+        loss = train.evaluate(what, windows, 8, torch.device("cpu"), choose_dtype("auto", torch.device("cpu")))
+        assert report["loss"][stage] == pytest.approx(loss, abs=1e-6)
+        assert report["bpb"][stage] == pytest.approx(text.bits_per_byte(loss))
+    assert (report["method"], report["seed"]) == ("aligned", 3) and len(report["errors"]) == 2
+    assert "cached bytes per token" in printed and f"{report['loss']['after']:.4f}" in printed
     with pytest.raises(SystemExit):  # a compressed checkpoint is weights, not a run to go on with
         train.main(["--resume", "--out_dir", str(out)])
     capsys.readouterr()
@@ -541,36 +354,38 @@ def test_the_program_reports_what_it_made(trained, tmp_path, capsys):
         sample.main(["--checkpoint", str(out), *how.split(), *extra])
     cached, uncached = capsys.readouterr().out.splitlines()
     assert cached == uncached and cached.startswith("head")
-    how = "--context 3 --budget probe --probe_windows 2 --heal_steps 2 --distill --heal_params compose"
-    run(f"--checkpoint {out} --out_dir {tmp_path / 'again'} {how}")
+    run(f"--checkpoint {out} --out_dir {tmp_path / 'again'} --budget probe --probe_windows 2")
     again, _ = load_checkpoint(tmp_path / "again")
     assert again.config.kv_bytes_per_token() * 2 == model.config.kv_bytes_per_token()
 
 
+def test_the_command_that_heals_can_be_pasted(trained, data, tmp_path, capsys):
+    """Every option is one of train.py's, and paths survive a shell."""
+    out, mha = tmp_path / "a half", trained / "mha"
+    program.main(["--checkpoint", str(mha), "--out_dir", str(out), "--eval_windows", "1", "--block_size", "32"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    python, script, *words = shlex.split(line.removeprefix("heal it: "))
+    given = dict(zip(words[::2], words[1::2]))
+    assert (python, script) == ("python", "train.py") and given["--init_from"] == str(out)
+    assert given["--teacher"] == str(mha) and given["--data_dir"] == data and given["--window"] == "32"
+    assert given["--out_dir"] == f"{out}-healed" and "--eval_data" not in given
+    o = program.Options(checkpoint="~/m", out_dir="o", data_dir="d", calibration_data="a,b", block_size=8)
+    assert "--teacher '~/m' --data_dir a,b --eval_data d " in program.healing_command(o)
+
+
 def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, monkeypatch):
-    class Seen(Exception):
+    class Looked(Exception):
         pass
 
     def look(model, method, tokens, few, dtype):
         x, y = few
         assert len(tokens) == 4 and x.shape == y.shape == (3, tokens.shape[1]) and (x[:, 1:] == y[:, :-1]).all()
         assert not any((row == tokens.numpy()).all(1).any() for row in x)
-        raise Seen
+        raise Looked
 
     monkeypatch.setattr(program, "probe", look)
-    with pytest.raises(Seen):
+    with pytest.raises(Looked):
         run(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'o'} --budget probe --probe_windows 3")
-
-
-def test_windows_are_spread_evenly_over_several_texts():
-    texts = [np.arange(start, start + 200, dtype=np.uint16) for start in (0, 1000, 2000)]
-    alone = [WindowSampler(text, 16, 5).batch(0, 4) for text in texts]
-    x, y = Mixture(texts, 16, 5, start=(7,)).batch(0, 9)
-    assert (x[:, 1:] // 1000 == np.arange(9)[:, None] % 3).all() and (x[:, 0] == 7).all()
-    for text, (inputs, targets) in enumerate(alone):
-        assert (x[text::3, 1:] == inputs[:3, 1:]).all() and (y[text::3] == targets[:3]).all()
-    later = Mixture(texts, 16, 5).batch(1, 3)  # the next rows, not the same again
-    assert (later[1] == y[3:6]).all()
 
 
 def test_calibration_on_several_texts_is_reported_on_each(trained, data, tmp_path, capsys):
@@ -590,61 +405,6 @@ def test_calibration_on_several_texts_is_reported_on_each(trained, data, tmp_pat
     assert "no data set at" in refused(capsys, wrong)
 
 
-def test_healing_that_is_stopped_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch, capsys):
-    how = f"--checkpoint {trained / 'mha'} --method absorbed --heal_steps 8 --heal_checks 4 --distill"
-    run(f"{how} --out_dir {tmp_path / 'whole'}")
-    saved = program.save_checkpoint
-
-    def stop(folder, state):
-        saved(folder, state)
-        if state.get("healing") and state["healing"]["step"] == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(program, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(f"{how} --out_dir {tmp_path / 'stopped'}")
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "stopped")[0].config.attention == "latent"  # usable as it is
-    program.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--threads", "1"])
-    whole, stopped = (load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "stopped"))
-    assert all(torch.equal(w, stopped[name]) for name, w in whole.items())
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "stopped")]
-    assert [point["step"] for point in reports[0]["healing"]] == [2, 4, 6, 8]
-    assert [p["loss"] for p in reports[0]["healing"]] == [p["loss"] for p in reports[1]["healing"]]
-    assert "is not waiting to be healed" in refused(capsys, f"--resume --out_dir {tmp_path / 'stopped'}")
-    assert "leave out method" in refused(capsys, f"--resume --method svd --out_dir {tmp_path / 'whole'}")
-
-
-@pytest.mark.parametrize("chosen,moves", [("compose", "compose_"), ("attention", "self_attn"), ("all", "")])
-def test_healing_moves_only_what_it_may_and_lowers_the_loss(trained, data, chosen, moves):
-    model, _ = load_checkpoint(trained / "mha")
-    compress(model, [(1, 1)] * 2, "svd")
-    before = {name: w.clone() for name, w in model.named_parameters()}
-    losses, o = [], program.Options(heal_params=chosen, heal_learning_rate=3e-3, batch_size=4)
-    program.heal(
-        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, report=lambda _, loss, __: losses.append(loss)
-    )
-    moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
-    assert moved and moved == {name for name in before if moves in name}
-    assert (
-        sum(losses[-5:]) < sum(losses[:5]) and all(p.requires_grad for p in model.parameters()) and not model.training
-    )
-
-
-def test_distillation_moves_the_model_towards_its_teacher_and_leaves_that_alone(trained, data):
-    teacher, _ = load_checkpoint(trained / "mha")
-    model, _ = load_checkpoint(trained / "mha")
-    compress(model, [(1, 1)] * 2, "svd")
-    before = {name: w.clone() for name, w in teacher.state_dict().items()}
-    losses, o = [], program.Options(heal_learning_rate=3e-3, batch_size=4)
-    program.heal(
-        model, WindowSampler(open_dataset(data).train, 32, 0), o, 20, teacher, lambda _, loss, __: losses.append(loss)
-    )
-    assert losses[-1] < 0.7 * losses[0] and all(
-        torch.equal(w, before[name]) for name, w in teacher.state_dict().items()
-    )
-
-
 def refused(capsys, options):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -661,12 +421,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path,
         (f"--checkpoint {trained / 'dfa'}", "share one value"),
         (f"--checkpoint {tmp_path / 'none'}", "no checkpoint at"),
         (f"--checkpoint {mha} --budget deep", "leaves none of 2 layers"),
-        (f"--checkpoint {mha} --distill", "give --heal_steps"),
-        (f"--checkpoint {mha} --heal_params compose", "give --heal_steps"),
         (f"--checkpoint {mha} --probe_windows 3", "are for --budget probe"),
-        (f"--checkpoint {mha} --export hf --overwrite", "leave out overwrite"),
-        (f"--checkpoint {mha} --context 100000", "context must be between"),
-        (f"--checkpoint {mha} --curve 1,x", "curve must be"),
+        (f"--checkpoint {mha} --block_size 100000", "block_size must be between"),
     ):
         assert said in refused(capsys, f"{wrong} --out_dir {out}")
     assert not out.exists()
@@ -681,7 +437,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path,
     assert (tmp_path / "made" / "checkpoint.pt").read_bytes() == made
 
 
-def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_path, capsys, data):
+def test_a_pretrained_folder_is_compressed_directly(trained, tmp_path, capsys, data):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
@@ -696,14 +452,6 @@ def test_a_pretrained_folder_is_compressed_directly_and_exported(trained, tmp_pa
     assert model.config.n_kv_head == [[2, 1], [2, 1]]
     (tmp_path / "hf" / "model.safetensors").unlink()
     assert "has no weights" in refused(capsys, f"--checkpoint {tmp_path / 'hf'} --data_dir {data} --overwrite")
-    run(f"--checkpoint {trained / 'mha'} --export hf --out_dir {tmp_path / 'exported'}")
-    x = torch.randint(257, (2, 30))
-    ours, _ = load_checkpoint(trained / "mha")
-    with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-        torch.testing.assert_close(theirs(x).logits, ours(x)[0], rtol=1e-4, atol=1e-4)
-    composed = f"--checkpoint {tmp_path / 'hf-kv0.5'} --export hf --out_dir {tmp_path / 'no'}"
-    assert "only a full set of components" in refused(capsys, composed)
 
 
 def test_a_start_of_text_survives_compression(tmp_path):

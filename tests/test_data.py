@@ -23,10 +23,12 @@ import tiktoken
 
 import data.dataset as dataset_module
 import data.prepare as prepare_module
+import data.sampler as sampler_module
 import data.sources as sources
 import data.tokenizer as tokenizer_module
-from data.dataset import Shards, WindowSampler, open_dataset, validation_windows
+from data.dataset import Shards, open_dataset
 from data.prepare import main, prepare
+from data.sampler import WindowSampler, permute, validation_windows
 from data.sources import python_corpus
 from data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
@@ -127,7 +129,7 @@ def test_the_order_is_as_random_as_a_shuffle():
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097])
 def test_permutation_is_a_bijection_for_every_key(n):
     for key in (0, 1, 2**64 - 1):
-        assert sorted(dataset_module.permute(np.arange(n), n, np.uint64(key)).tolist()) == list(range(n))
+        assert sorted(permute(np.arange(n), n, np.uint64(key)).tolist()) == list(range(n))
 
 
 def test_targets_are_the_next_tokens():
@@ -583,7 +585,7 @@ def test_what_is_no_text_is_refused(tmp_path, refused, name, content, why):
     assert os.listdir(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("module", [prepare_module, dataset_module, tokenizer_module])
+@pytest.mark.parametrize("module", [prepare_module, sampler_module, tokenizer_module])
 def test_programs_run_alone_from_anywhere(module, tmp_path):
     command = [sys.executable, module.__file__, *(["--help"] if module is prepare_module else [])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
