@@ -12,7 +12,7 @@ same loop in PyTorch. Where to mix heads follows from what must be read:
   and a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
 
 The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that
-prepares it. experiments/aot.py compiles the kernels for GPUs that need not be here.
+prepares it. experiments/roofline.py compiles the kernels for GPUs that need not be here.
 """
 
 import functools
@@ -322,7 +322,7 @@ def device_limits(device):
 
 
 def tile_options(kernel, q):
-    """Tile, warps and pipeline stages of a prefill kernel: such as experiments/aot.py compiles without spills."""
+    """Tile, warps and pipeline stages of a prefill kernel: such as experiments/roofline.py compiles without spills."""
     D, shared = q.shape[-1], device_limits(q.device)[0]
     width = max(16, next_power_of_2(D))
     if q.dtype == torch.float32 and width <= 64:
