@@ -212,9 +212,8 @@ def test_a_layer_that_was_pruned_away_loses_nothing(method, source, dead):
     with torch.no_grad():
         getattr(model.layers[1].self_attn, dead).weight.zero_()
     before, x = model(tokens(2, 24))[0], tokens(2, 24)
-    errors = compress(
-        model, [full, (n_k // 2, n_v if dead in ("q_proj", "k_proj") else n_v // 2)], method, calibration()
-    )
+    ranks = [full, (n_k // 2, n_v if dead in ("q_proj", "k_proj") else n_v // 2)]
+    errors = compress(model, ranks, method, calibrate(model, tokens(6, 24, seed=3)))
     torch.testing.assert_close(model(x)[0], before, rtol=1e-4, atol=1e-4)
     kind = dead[0]
     assert all(0 <= error[k] < 1 for error in errors for k in "kv") and (kind not in "kv" or errors[1][kind] == 0)
