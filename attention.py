@@ -1,13 +1,19 @@
 """Four attentions side by side: MHA, Talking-Heads, Differential and Multi-head Explicit Attention.
 
 Everything they share is in `Attention`; below it, each variant is its formula. Start with `MHA`, then read `MEA`: they
-differ by two small matrices. A fifth, `Latent`, is what MEA's compressed cache is measured against. Run `python
-attention.py` for a table of what each costs; read `model.py` next, and `kernels.py` when you want to know how it is
-made fast.
+differ by two small matrices. A fifth, `Latent`, is what MEA's compressed cache is measured against. Read `model.py`
+next, and `functional.py` when you want to know what they compute with.
+
+The idea
+    Head-level linear composition (HLC): every head becomes a learned mix of all component heads, the same mix at every
+    position and of every feature, so it commutes with RoPE (2601.19611, eq. 10 and 13). `compose_heads` computes
+
+        out_h = sum_c weight[c, h] components_c          einsum("b c t d, c h -> b h t d", components, weight)
 
 Five terms
     component head      a head that is projected from the input; its keys and values are what a cache holds
-    composite head      a head that attends: a learned mix of components; "virtual" if it exists only while it is read
+    composite head      a head that attends: a learned mix of components. Virtual: computed from them when it is used,
+                        never stored
     cached head         a component whose keys (after RoPE) and values stay in memory while text is written
     composition matrix  (Hc, H) numbers: how much of component c goes into head h; one for keys, one for values
     head norm           RMSNorm of each head's output by itself, before the output projection
@@ -27,21 +33,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from functional import absorbed_attention, causal_attention, causal_mask, kernel_is, mea_attention, mea_decode, rms_norm
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea
-
-
-def compose_heads(components, weight):
-    """Head-level linear composition (HLC): every head becomes a learned mix of all component heads.
-
-    out_h = sum_c weight[c, h] components_c, einsum("b c t d, c h -> b h t d") (2601.19611, eq. 10):
-    (B, Hc, T, D), (Hc, H) -> (B, H, T, D). The same mix at every position and of every feature, so it commutes with
-    RoPE (eq. 13). Written as matmuls over (B, T), which move nothing in a projection's memory (B, T, Hc, D).
-    """
-    return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
-
+from functional import (
+    absorbed_attention,
+    causal_attention,
+    causal_mask,
+    compose_heads,
+    kernel_is_chosen,
+    mea_attention,
+    mea_decode,
+    rms_norm,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the variants share
@@ -97,18 +98,17 @@ class Attention(nn.Module):
     new positions, `cache` one layer of a `model.KVCache`. With config.qk_norm every query and key head goes through an
     RMSNorm before RoPE; one gain (D) serves all heads (Qwen3). Raises ValueError for head counts it cannot have.
 
-    A variant overrides `attend`, and says here what others must know of it:
+    A variant overrides `attend`. Class attributes describe it to the rest of the program:
     """
 
-    head_norm_by_default = False  # where config.head_norm is None
-    outputs = 1  # heads that go into one output head, which is as many times as wide
-    any_kv_heads = False  # whether n_kv_head may be any number that GPTConfig allows; otherwise it divides n_head
-    caches_rotated_keys = True  # False: keys are made from what is cached, by `rebuild_keys`, and rotated when read
-    incompressible = ""  # why compress.py cannot halve its cache; None: it can. Not inherited: see below
+    head_norm_by_default = False  # what config.head_norm None means
+    heads_per_output = 1  # DFA joins 2 heads into one of twice the width
+    any_kv_heads = False  # True: n_kv_head may be any number that GPTConfig allows; False: a divisor of n_head
+    caches_rotated_keys = True  # False: what is cached becomes keys when it is read (`rebuild_keys`), then rotated
+    incompressible = "compress.py does not know how it reads keys and values"  # why its cache cannot be halved, or None
 
-    def __init_subclass__(cls):
-        if "incompressible" not in vars(cls):  # what held for the parent may not hold for what a child adds to it
-            cls.incompressible = "compress.py does not know how it reads keys and values"
+    def __init_subclass__(cls):  # not inherited: what holds for a variant may not hold for what is added to it
+        cls.incompressible = vars(cls).get("incompressible", Attention.incompressible)
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -124,8 +124,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
         )
-        wide = self.n_head // self.outputs, self.head_dim * self.outputs
-        self.head_norm = HeadNorm(*wide, config.norm_eps) if config.head_norm else nn.Identity()
+        joined = self.n_head // self.heads_per_output, self.head_dim * self.heads_per_output
+        self.head_norm = HeadNorm(*joined, config.norm_eps) if config.head_norm else nn.Identity()
 
     @classmethod
     def check_heads(cls, n_head, n_k, n_v):
@@ -161,6 +161,7 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
     def rotate_keys(self, k, rope):
+        """New keys (B, T, n_k, D) as they are cached."""
         return apply_rope(self.k_norm(k), rope)
 
     def project(self, x, cache):
@@ -208,7 +209,7 @@ class DFA(Attention):
     """
 
     head_norm_by_default = True
-    outputs = 2
+    heads_per_output = 2
     incompressible = "its two attention maps share one value, and their difference reads keys in pairs"
 
     def __init__(self, config, layer=0):
@@ -239,6 +240,7 @@ class DFA(Attention):
         return first - self.lambda_now().to(first.dtype) * second  # (B, H/2, T, 2D)
 
     def normed_heads(self, *operands):
+        """(B, T, H/2, 2D), times the paper's (1 - lambda_init) where there is a norm."""
         y = super().normed_heads(*operands)
         return y * (1 - self.lambda_init) if self.config.head_norm else y
 
@@ -357,10 +359,11 @@ class MEA(Attention):
         return "absorb" if T == 1 else "compose"
 
     def normed_heads(self, x, q, k, v, positions):
+        """Where a kernel was chosen, through the entry points that hold composition, attention and norm in one."""
         T, form = q.size(2), self.choose_form(q.size(2))
         whole_sequence = T == k.size(2) and positions is None and form != "absorb"
         one_query = T == 1 and form != "compose"
-        if kernel_is("auto") or self.drop or not (whole_sequence or one_query):
+        if not kernel_is_chosen() or self.drop or not (whole_sequence or one_query):
             return super().normed_heads(x, q, k, v, positions)
         gain, eps = (self.head_norm.weight, self.head_norm.eps) if self.config.head_norm else (None, 1e-6)
         weights = (None, None) if form == "fold" else self.compositions()
@@ -379,12 +382,12 @@ class MEA(Attention):
             here = f"{self.n_head} composed heads, and this cache has {self.n_k} and {self.n_v}"
             raise ValueError(f"mea_form 'fold' caches {here}: use 'absorb'")
         if cache is None:
-            folded = self.folded()
+            projections = self.composed_projections()
         else:
-            folded = cache.folded = cache.folded or self.folded()
-        return tuple(F.linear(x, weight, bias) for weight, bias in folded)
+            projections = cache.projections = cache.projections or self.composed_projections()
+        return tuple(F.linear(x, weight, bias) for weight, bias in projections)
 
-    def folded(self):
+    def composed_projections(self):
         """(weight (H*D, C), bias (H*D) or None) of k_proj and of v_proj with their compositions folded in (eq. 18).
 
         Raises ValueError with QK-norm.
@@ -392,32 +395,11 @@ class MEA(Attention):
         if self.config.qk_norm:
             raise ValueError("QK-norm stands between the projection and the composition of keys: they do not fold")
 
-        def fold(rows, w):  # (Hc*D, C) or (Hc*D), (Hc, H) -> (H*D, C) or (H*D)
+        def compose_rows(rows, w):  # (Hc*D, C) or (Hc*D), (Hc, H) -> (H*D, C) or (H*D)
             return None if rows is None else (w.t() @ rows.view(len(w), -1)).view(-1, *rows.shape[1:])
 
-        projections = zip((self.k_proj, self.v_proj), self.compositions())
-        return [(fold(projection.weight, w), fold(projection.bias, w)) for projection, w in projections]
-
-    @torch.no_grad()
-    def fold(self):
-        """The equal `MHA` (with the same head norm): inference at exactly its cost.
-
-        Raises ValueError unless n_k == n_v == H, for a parameter that it does not know, and for a subclass.
-        """
-        if type(self) is not MEA:
-            raise ValueError(f"{type(self).__name__} does not fold into MHA: it may do more than MEA")
-        if not self.n_k == self.n_v == self.n_head:
-            counts = f"{self.n_k} and {self.n_v} for {self.n_head} heads"
-            raise ValueError(f"only a full set of components folds into MHA: {counts}")
-        equal = MHA(self.config, self.layer).to(self.q_proj.weight)
-        missing, more = equal.load_state_dict(self.state_dict(), strict=False)
-        if missing or {*more} != {"compose_k", "compose_v"}:  # these fold
-            raise ValueError(f"{type(self).__name__} does not fold into MHA, which has no {', '.join(missing + more)}")
-        for projection, (weight, bias) in zip((equal.k_proj, equal.v_proj), self.folded()):
-            projection.weight.copy_(weight)
-            if bias is not None:
-                projection.bias.copy_(bias)
-        return equal
+        pairs = zip((self.k_proj, self.v_proj), self.compositions())
+        return [(compose_rows(linear.weight, w), compose_rows(linear.bias, w)) for linear, w in pairs]
 
 
 class Latent(Attention):
@@ -481,30 +463,3 @@ def one_hot_composition(n_component, n_head):
 
 
 ATTENTION = {"mha": MHA, "tha": TalkingHeads, "dfa": DFA, "mea": MEA, "latent": Latent}
-
-
-def main():
-    """What each variant costs on a small example, in one table."""
-    from torch.utils.benchmark import Timer
-
-    from model import GPTConfig
-
-    torch.manual_seed(0)
-    B, T, H, D = 4, 256, 8, 32
-    print(f"batch {B}, {T} positions, {H} heads of {D}, width {H * D}, float32, one CPU thread, medians\n")
-    print(f"{'variant':<16}{'parameters':>12}{'cached bytes/token':>20}{'forward ms':>12}{'+ backward ms':>15}")
-    for name, n_kv in [*((name, H) for name in ATTENTION), ("mha", H // 2), ("mea", H // 2)]:
-        config = GPTConfig(vocab_size=2, n_layer=1, n_embd=H * D, n_head=H, n_kv_head=n_kv, attention=name)
-        layer = ATTENTION[name](config)
-        given = dict(layer=layer, rope=rope_table(T, D), x=torch.randn(B, T, H * D, requires_grad=True))
-        steps = Timer("y = layer(x, rope)", globals=given), Timer("layer(x, rope).sum().backward()", globals=given)
-        first, both = (1e3 * step.blocked_autorange(min_run_time=0.3).median for step in steps)
-        title = f"{name}, {n_kv} of {H} kv" if n_kv < H else name
-        parameters = sum(p.numel() for p in layer.parameters())
-        print(f"{title:<16}{parameters:>12,}{config.kv_bytes_per_token():>20,}{first:>12.1f}{both:>15.1f}")
-
-
-if __name__ == "__main__":
-    from options import run_program
-
-    run_program(main)

@@ -27,17 +27,18 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
 from checkpoint import FORMAT, load_checkpoint, save_checkpoint, starts_bare
 from data.dataset import open_dataset
-from data.sampler import WindowSampler, validation_windows
+from data.sampler import validation_windows
+from data.texts import Turns, begin
 from functional import PATHS, linear_cross_entropy, set_kernel
 from lowrank import approximate, latent_maps
-from train import describe_data, evaluate, same_tokenizer
+from runs import describe_data, same_tokenizer
+from train import evaluate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One layer
@@ -480,27 +481,6 @@ def allocate(costs, heads):
     return [tuple(ranks[i : i + 2]) for i in range(0, len(ranks), 2)]
 
 
-class Mixture:
-    """Windows taken from several texts in turn, each begun by the model's start of text, if it has one.
-
-    `batch(step, batch_size)` as of `WindowSampler`: (inputs, targets), a pure function of its arguments.
-    """
-
-    def __init__(self, texts, block_size, seed, start=()):
-        self.samplers, self.start = [WindowSampler(text, block_size, seed) for text in texts], start
-
-    def batch(self, step, batch_size):
-        places = [divmod(row, len(self.samplers)) for row in range(step * batch_size, (step + 1) * batch_size)]
-        rows = [self.samplers[text].batch(number, 1) for number, text in places]
-        return begin([np.concatenate(side) for side in zip(*rows)], self.start)
-
-
-def begin(windows, start):
-    """Windows (inputs, targets) whose first inputs are the tokens of `start`, if there are any."""
-    windows[0][:, : len(start)] = list(start)
-    return windows
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
@@ -589,7 +569,7 @@ def compress_and_measure(o, model, texts, start):
         folder: begin(validation_windows(text.val, o.block_size, o.eval_windows), start)
         for folder, text in texts.items()
     }
-    samples = Mixture([texts[folder].train for folder in o.calibration_data.split(",")], o.block_size, o.seed, start)
+    samples = Turns([texts[folder].train for folder in o.calibration_data.split(",")], o.block_size, o.seed, start)
     seen = samples.batch(0, o.calibration_windows + o.probe_windows)
     tokens = None
     if o.calibration_windows and METHODS[o.method].sees_data:

@@ -1,4 +1,4 @@
-"""What the attentions compute with, in PyTorch: norm, loss, causal attention on its paths, and who takes which path.
+"""What attention computes with, in PyTorch: norm, composition, loss, causal attention on its paths, and which is taken.
 
 MEA (arXiv 2601.19611, eq. 10-12) projects `Hc` component heads, mixes them into `H` composite heads with one learned
 (Hc, H) matrix for keys and one for values, attends causally, and normalises the output of every head by itself:
@@ -6,18 +6,19 @@ MEA (arXiv 2601.19611, eq. 10-12) projects `Hc` component heads, mixes them into
     K_h = sum_c compose_k[c, h] K_c     V_h = sum_c compose_v[c, h] V_c
     y_h = RMSNorm(softmax(q_h K_h^T / sqrt(D)) V_h) * gain_h
 
-`mea_attention` is this without a cache, `mea_decode` for one new position and a cache of components; where the matrices
-were folded into the projections nothing is left to mix: pass None. `causal_attention` is the same without composition
-and norm, for every variant. All three know these paths:
+`mea_attention` computes a whole sequence, `mea_decode` one new position against a cache of components; None instead of
+a matrix says that the heads are composed already. `causal_attention` is attention alone, for every variant. The path of
+a call is the backend that computes it, and all give the same numbers:
 
-    triton      the kernels, on a GPU (for tests also on a CPU, with TRITON_INTERPRET=1)
+    triton      the kernels of kernels.py, on a GPU (in tests on a CPU, too, with TRITON_INTERPRET=1)
     sdpa        torch's fused attention
-    blocks      `BlockAttention`: the kernels' loop in ten lines of PyTorch a pass
+    blocks      `BlockAttention`, the readable twin of the kernels: ten lines of PyTorch a pass
     reference   the formula
-    auto        blocks where they were faster on a CPU (`blocks_are_faster`), otherwise torch's fused attention; never
-                triton, whose kernels have not been timed on a GPU
 
-Read next: attention.py, which is built from these; kernels.py has the Triton kernels.
+path="auto" asks for what `set_kernel` chose. As long as nothing was chosen, that is blocks where they were faster on a
+CPU (`blocks_are_faster`), otherwise sdpa; never triton, whose kernels have not been timed on a GPU.
+
+Read next: attention.py, which is built from this; kernels.py for the kernels.
 
     python functional.py              # a numeric check of each path that this machine has
     python functional.py --time       # blocks beside torch's fused attention on this machine
@@ -33,11 +34,17 @@ import time
 import torch
 import torch.nn.functional as F
 
-from kernels import decode, decode_options, flash, triton, triton_obstacle
+import kernels
+from kernels import attention_op, decode_op, decode_options, triton_obstacle
 
 log = logging.getLogger(__name__)
 
 # ---- norm, composition, loss ----------------------------------------------------------------------------------------
+
+
+def upcast(x):
+    """x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x, weight, eps):
@@ -50,42 +57,67 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
 
 
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays with size 1."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1) + eps)
+
+
 class RMSNormFunction(torch.autograd.Function):
     """Written out because autograd through `F.rms_norm` takes twice the time on a CPU, where norms are not cheap."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = widen(x)
-        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.size(-1) + eps)
+        wide = upcast(x)
+        ctx.eps, inverse = eps, inverse_rms(wide, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
-        unit, grad = widen(x) * inverse, widen(grad)
+        x, grad, dtype = upcast(x), upcast(grad), x.dtype
+        if torch.is_grad_enabled():  # for a second derivative: what was saved does not know that it depends on x
+            inverse = inverse_rms(x, ctx.eps)
+        unit = x * inverse
         grad_weight = (grad * unit).sum_to_size(weight.shape).to(weight.dtype)
         grad = grad * weight
         along = (grad * unit).mean(-1, keepdim=True)  # the part along x would only change its length: it drops out
-        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype), grad_weight, None
+        return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(dtype), grad_weight, None
 
 
-def compose(components, weight):
-    """`attention.compose_heads`, eq. 10: (B, Hc, T, D), (Hc, H) -> (B, H, T, D). Without a weight they are composed."""
-    if weight is None:
-        return components
+def compose_heads(components, weight):
+    """Head-level linear composition, the idea at the top of attention.py: out_h = sum_c weight[c, h] components_c.
+
+    (B, Hc, T, D), (Hc, H) -> (B, H, T, D) (2601.19611, eq. 10). Written as matmuls over (B, T), which move nothing in a
+    projection's memory (B, T, Hc, D).
+    """
     return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
+
+
+def composed(heads, weight):
+    """`compose_heads`, or the heads themselves where they are composed already and there is no weight."""
+    return heads if weight is None else compose_heads(heads, weight)
+
+
+IGNORED = -100  # a target that is no target, as in F.cross_entropy
 
 
 def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy, in nats, of logits X W^T: x (N, C), weight (V, C), targets (N) -> a scalar.
 
-    On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient, is ever held.
+    Rows whose target is -100 are left out of the mean; of no rows at all it is NaN. Raises ValueError unless there is
+    one target per row. On a CPU in pieces of rows that stay in its cache; no more of the logits, or of their gradient,
+    is ever held.
     """
+    if targets.shape != x.shape[:1]:
+        raise ValueError(f"linear_cross_entropy: {tuple(targets.shape)} targets for {len(x)} rows: give one per row")
     x, weight = autocast_inputs(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.cross_entropy(widen(F.linear(x, weight)), targets)
+            return F.cross_entropy(upcast(F.linear(x, weight)), targets, ignore_index=IGNORED)
+        counted = targets != IGNORED
+        if not counted.all():
+            x, targets = x[counted], targets[counted]
         return LinearCrossEntropy.apply(x, weight, targets, needs_grad(x, weight))
 
 
@@ -97,11 +129,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, save):
-        dx, dw = torch.empty_like(x), torch.zeros_like(widen(weight))
+        dx, dw = torch.empty_like(x), torch.zeros_like(upcast(weight))
         loss = dw.new_zeros(())
-        pieces = (part.split(max(1, TILE // len(weight))) for part in (x, targets[:, None], dx))
+        pieces = (part.split(max(1, SCORES_PER_CALL // len(weight))) for part in (x, targets[:, None], dx))
         for rows, wanted, grad in zip(*pieces):
-            log_p = F.log_softmax(widen(F.linear(rows, weight)), -1)
+            log_p = F.log_softmax(upcast(F.linear(rows, weight)), -1)
             loss -= log_p.gather(-1, wanted).sum()
             if save:
                 difference = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(log_p[:, :1])).to(x.dtype)
@@ -115,14 +147,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        grad = grad / ctx.N
+        grad = grad / max(1, ctx.N)  # of no rows the gradient is 0, as in F.cross_entropy
         return dx * grad, (dw * grad).to(dx.dtype), None, None
 
 
 # ---- attention in blocks of queries ---------------------------------------------------------------------------------
 
 BLOCK = 64  # queries in a block
-TILE = 2**19  # scores that one thread computes at a time: 2 MB in float32, with few calls and near its cache
+SCORES_PER_CALL = 2**19  # that each thread computes in one call: 2 MB in float32, few calls and near its cache
 KEPT = 512  # keys up to which the weights are kept for the backward pass; beyond, memory is linear in the sequence
 
 
@@ -145,7 +177,7 @@ class BlockAttention(torch.autograd.Function):
         ctx.positions, ctx.G, ctx.dropout, ctx.scale = positions, G, dropout, q.size(-1) ** -0.5
         ctx.blocks, ctx.seed = query_blocks(q, k, positions, G), torch.randint(2**62, ()).item() if dropout else None
         keep, weights = k.size(1) <= KEPT and any(ctx.needs_input_grad), []
-        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        q_wide, k_wide, v_wide = upcast(q) * ctx.scale, upcast(k), upcast(v)
         out, mask = q.new_empty(*q.shape[:2], v.size(-1)), dropout_masks(ctx, q.device)
         for heads, rows, keys in ctx.blocks:
             p = block_weights(ctx, q_wide, k_wide, heads, rows, keys)
@@ -159,14 +191,14 @@ class BlockAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, *weights = ctx.saved_tensors
-        q_wide, k_wide, v_wide = widen(q) * ctx.scale, widen(k), widen(v)
+        q_wide, k_wide, v_wide = upcast(q) * ctx.scale, upcast(k), upcast(v)
         dq, mask = torch.empty_like(q), dropout_masks(ctx, q.device)
         dk, dv = torch.zeros_like(k_wide.mT), torch.zeros_like(v_wide.mT)  # transposed, the faster products
         with torch.autocast(q.device.type, enabled=False):
             for i, (heads, rows, keys) in enumerate(ctx.blocks):
-                p = widen(weights[i]) if weights else block_weights(ctx, q_wide, k_wide, heads, rows, keys)
+                p = upcast(weights[i]) if weights else block_weights(ctx, q_wide, k_wide, heads, rows, keys)
                 g = grad[heads, rows]
-                dp, dropped = widen(g) @ v_wide[heads, keys].mT, p
+                dp, dropped = upcast(g) @ v_wide[heads, keys].mT, p
                 if ctx.dropout:
                     kept = mask(p)
                     dp, dropped = dp * kept, p * kept
@@ -179,9 +211,12 @@ class BlockAttention(torch.autograd.Function):
 
 
 def query_blocks(q, k, positions, G):
-    """Slices (heads, rows, keys): BLOCK queries of as many heads as fill TILE scores a thread, and their keys."""
+    """Slices (heads, rows, keys): BLOCK queries, the keys that they may see, and a group of heads.
+
+    Groups are as large as it takes for each thread to compute about SCORES_PER_CALL scores at a time.
+    """
     N, T, S = len(q), q.size(1) // G, k.size(1)
-    step = max(1, TILE * torch.get_num_threads() // (G * min(BLOCK, T) * S))
+    step = max(1, SCORES_PER_CALL * torch.get_num_threads() // max(1, G * min(BLOCK, T) * S))
     stops = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
     seen = lambda stop: S - T + stop if positions is None else S
     blocks = [(slice(start * G, stop * G), slice(seen(stop))) for start, stop in stops]
@@ -207,42 +242,38 @@ def dropout_masks(ctx, device):
     return lambda p: torch.empty_like(p).bernoulli_(1 - ctx.dropout, generator=generator) / (1 - ctx.dropout)
 
 
-def widen(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def block_attention(q, k, v, positions, dropout):
+    """`causal_attention` by `BlockAttention`: the H/n query heads that share key/value head n become its rows."""
+    (B, H, T, D), n = q.shape, k.size(1)
+    G = H // n
+    q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
+    if positions is not None:
+        positions = positions.expand(B, T).repeat_interleave(n, 0).repeat_interleave(G, 1)
+    y = BlockAttention.apply(q, k.flatten(0, 1), v.flatten(0, 1), positions, G, dropout)
+    return y.view(B, n, T, G, v.size(-1)).transpose(2, 3).flatten(1, 2)
 
 
-def blocks_are_faster(q, k, v, positions):
+def blocks_are_faster(q, k, gradient, positions=None):
     """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`).
 
     In training on a CPU, in windows short enough to keep the weights and with enough scores to fill the machine.
     """
     (B, H, T, _), S = q.shape, k.size(2)
-    if q.device.type != "cpu" or positions is not None or not needs_grad(q, k, v) or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or positions is not None or not gradient or torch.compiler.is_compiling():
         return False
     return (S <= KEPT if q.dtype == torch.bfloat16 else S == KEPT) and B * H * T * S >= 2**20
 
 
-def block_attention(q, k, v, positions, dropout):
-    (B, H, T, D), n = q.shape, k.size(1)
-    G = H // n
-    q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
-    k, v = k.reshape(B * n, -1, D), v.reshape(B * n, -1, v.size(-1))
-    if positions is not None:
-        positions = positions.expand(B, T).repeat_interleave(n, 0).repeat_interleave(G, 1)
-    y = BlockAttention.apply(q, k, v, positions, G, dropout)
-    return y.view(B, n, T, G, -1).transpose(2, 3).flatten(1, 2)
-
-
-# ---- the choice of a path -------------------------------------------------------------------------------------------
+# ---- which path -----------------------------------------------------------------------------------------------------
 
 PATHS = "auto", "triton", "sdpa", "blocks", "reference"
-_kernel = "auto"  # what path="auto" means: see set_kernel
+_kernel = "auto"  # what path="auto" asks for: see set_kernel
 
 
 def set_kernel(name):
     """Make `name`, one of PATHS, what path="auto" stands for in this process: the programs' --kernel.
 
-    A call that this path cannot serve takes torch's attention, and the log says why, once. Raises ValueError for an
+    A call that the kernels cannot serve takes torch's attention, and the log says why, once. Raises ValueError for an
     unknown name, and for triton where no kernel can run.
     """
     global _kernel
@@ -254,9 +285,9 @@ def set_kernel(name):
     _kernel = name
 
 
-def kernel_is(name):
-    """Whether `set_kernel` chose this path."""
-    return _kernel == name
+def kernel_is_chosen():
+    """Whether `set_kernel` chose a path for the process."""
+    return _kernel != "auto"
 
 
 @functools.cache
@@ -264,23 +295,30 @@ def say_once(level, message):
     log.log(level, message)
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
-def choose_path(name, path, device, dtype, D, obstacle=None):
-    """The path that `name` takes, "auto" meaning torch's own choice. `obstacle`: what else stands against triton.
+def choose_path(name, path, q, k, gradient, positions=None, obstacle=None):
+    """The path that `name` takes when `path` is asked for: triton, sdpa, blocks or reference.
 
-    Raises ValueError for an unknown path, and for path="triton" where the kernels cannot compute this.
+    `obstacle`: what else stands against triton. Raises ValueError for an unknown path, and for path="triton" where the
+    kernels cannot compute this.
     """
+    chosen = chosen_path(name, path, q.device, q.dtype, q.size(-1), obstacle)
+    return chosen or ("blocks" if blocks_are_faster(q, k, gradient, positions) else "sdpa")
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
+def chosen_path(name, path, device, dtype, D, obstacle):
+    """What the caller or `set_kernel` chose, if it can be; None leaves the choice to whichever of torch's is faster."""
     if path not in PATHS:
         raise ValueError(f"{name}: path={path!r} is none of {', '.join(map(repr, PATHS))}")
     chosen = _kernel if path == "auto" else path
     if chosen == "auto" and device.type == "cuda":
         say_once(logging.INFO, "torch's attention: the Triton kernels have not been timed on a GPU (--kernel triton)")
-    if chosen != "triton" or not (obstacle := triton_obstacle(device, dtype, D) or obstacle):
-        return chosen
-    if path == "triton":
-        raise ValueError(f"{name}: path='triton' is not possible: {obstacle}")
-    say_once(logging.WARNING, f"{name} takes torch's attention, not triton: {obstacle}")
-    return "auto"
+    if chosen == "triton" and (obstacle := triton_obstacle(device, dtype, D) or obstacle):
+        if path == "triton":
+            raise ValueError(f"{name}: path='triton' is not possible: {obstacle}")
+        say_once(logging.WARNING, f"{name} takes torch's attention, not triton: {obstacle}")
+        return None
+    return None if chosen == "auto" else chosen
 
 
 def autocast_inputs(*tensors):
@@ -308,15 +346,17 @@ def causal_mask(T, S, positions=None, device=None):
     return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
-def plain_attention(q, k, v, positions, dropout):
+def reference_attention(q, k, v, positions, dropout):
+    """`causal_attention` as its formula stands, in float32 at least."""
     groups = q.size(1) // k.size(1)
-    k, v = (widen(x).repeat_interleave(groups, 1) for x in (k, v))  # (B, H, S, D)
-    scores = widen(q) @ k.mT * q.size(3) ** -0.5  # (B, H, T, S)
+    k, v = (upcast(x).repeat_interleave(groups, 1) for x in (k, v))  # (B, H, S, D)
+    scores = upcast(q) @ k.mT * q.size(3) ** -0.5  # (B, H, T, S)
     scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), positions, q.device), -torch.inf)
     return (F.dropout(scores.softmax(-1), dropout) @ v).to(q.dtype)
 
 
-def fused_attention(q, k, v, positions, dropout):
+def sdpa_attention(q, k, v, positions, dropout):
+    """`causal_attention` by torch's fused attention."""
     T, S, D, mask = q.size(2), k.size(2), q.size(3), None
     if positions is not None or 1 < T < S:  # one query that is the last position may see everything: no mask
         mask = causal_mask(T, S, positions, q.device)
@@ -324,6 +364,11 @@ def fused_attention(q, k, v, positions, dropout):
         q, k = (F.pad(x, (0, v.size(3) - D)) for x in (q, k))
     causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=D**-0.5, enable_gqa=grouped)
+
+
+def sdpa_is_wrong(device, n_query, n_key, key_width, value_width):
+    """On Apple's GPUs torch before 2.12 errs where heads are grouped, or where values are not as wide as keys."""
+    return device.type == "mps" and torch.__version__ < (2, 12) and (n_query, key_width) != (n_key, value_width)
 
 
 def causal_attention(q, k, v, positions=None, dropout=0.0, path="auto"):
@@ -335,13 +380,14 @@ def causal_attention(q, k, v, positions=None, dropout=0.0, path="auto"):
     `path` as at the top of this file, without triton, whose kernels belong to `mea_attention`. Raises ValueError for
     shapes that do not fit and for an unknown path.
     """
-    path = choose_path("causal_attention", path, q.device, q.dtype, q.size(-1), "it has no kernel of its own")
     q, k, v = autocast_inputs(q, k, v)
     if q.size(1) % k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
         raise ValueError(f"causal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if path == "auto":
-        path = "blocks" if blocks_are_faster(q, k, v, positions) else "sdpa"
-    attend = {"blocks": block_attention, "sdpa": fused_attention, "reference": plain_attention}[path]
+    no_kernel = "it has no kernel of its own"
+    path = choose_path("causal_attention", path, q, k, needs_grad(q, k, v), positions, no_kernel)
+    if path == "sdpa" and sdpa_is_wrong(q.device, q.size(1), k.size(1), k.size(3), v.size(3)):
+        path = "reference"
+    attend = {"blocks": block_attention, "sdpa": sdpa_attention, "reference": reference_attention}[path]
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, positions, dropout)
 
@@ -358,6 +404,9 @@ def absorbed_attention(q, k_components, v_components, compose_k, compose_v, posi
     q, k_components, v_components = autocast_inputs(q, k_components, v_components)
     B, H, T, D = q.shape
     S, mask = k_components.size(2), None
+    if sdpa_is_wrong(q.device, 1, 1, k_components.size(1), v_components.size(1)):
+        k, v = compose_heads(k_components, compose_k), compose_heads(v_components, compose_v)
+        return causal_attention(q, k, v, positions, dropout, path="sdpa")
     q = (q.unsqueeze(3) * compose_k.T[:, None, :, None]).to(q.dtype)  # (B, H, T, n_k, D)
     k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k_components, v_components))  # (B, 1, S, n * D)
     if T > 1 or positions is not None:
@@ -368,6 +417,7 @@ def absorbed_attention(q, k_components, v_components, compose_k, compose_v, posi
 
 
 def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):
+    """Raise ValueError, naming what does not fit, unless the arguments of `mea_attention` go together."""
     B, H, _, D = q.shape
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{name}: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
@@ -386,11 +436,11 @@ def composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, po
     """Compose, attend, normalise each head, on any path but triton."""
     dtype = q.dtype
     if path == "reference":  # from the composition to the norm in float32 at least
-        q, k, v = widen(q), widen(k), widen(v)
+        q, k, v = upcast(q), upcast(k), upcast(v)
     if absorb:
         out = absorbed_attention(q, k, v, compose_k, compose_v, positions)
     else:
-        out = causal_attention(q, compose(k, compose_k), compose(v, compose_v), positions, path=path)
+        out = causal_attention(q, composed(k, compose_k), composed(v, compose_v), positions, path=path)
     return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
 
 
@@ -410,11 +460,11 @@ def mea_attention(
         raise ValueError(f"mea_attention: {q.size(2)} queries but {k.size(2)} keys; it has no cache (see mea_decode)")
     heads = q.size(0) * q.size(1)
     obstacle = f"{heads} heads in the batch are more than a grid's 65535" if heads > 65535 else None
-    path = choose_path("mea_attention", path, q.device, q.dtype, q.size(-1), obstacle)
+    gradient = needs_grad(q, k, v, compose_k, compose_v, norm_weight)
+    path = choose_path("mea_attention", path, q, k, gradient, obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         if path == "triton":
-            k, v = compose(k, compose_k), compose(v, compose_v)
-            return flash(q, k, v, norm_weight, eps, needs_grad(q, k, v, norm_weight))[0]
+            return attention_op(q, composed(k, compose_k), composed(v, compose_v), norm_weight, eps, gradient)[0]
         return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path)
 
 
@@ -430,27 +480,27 @@ def mea_decode(
     q, k, v = autocast_inputs(q, k_cache, v_cache)
     check_shapes("mea_decode", q, k, v, compose_k, compose_v, norm_weight)
     B, H, T, D = q.shape
-    n_k, n_v, composed = k.size(1), v.size(1), compose_k is not None or compose_v is not None
+    n_k, n_v, to_compose = k.size(1), v.size(1), compose_k is not None or compose_v is not None
     if T != 1 or lengths is not None and lengths.shape != (B,):
         one = "must hold one position, and lengths, if given, one number per batch row"
         raise ValueError(f"mea_decode: q {tuple(q.shape)} {one}")
-    if composed:  # where one side is folded, compose it with the identity
+    if to_compose:  # what one side has composed already is composed with the identity
         compose_k, compose_v = (torch.eye(H, device=q.device) if w is None else w for w in (compose_k, compose_v))
-    obstacle = None
-    if needs_grad(q, k, v, compose_k, compose_v, norm_weight):
+    gradient, obstacle = needs_grad(q, k, v, compose_k, compose_v, norm_weight), None
+    if gradient:
         obstacle = "the decode kernel has no gradient"
-    elif decode_options(q.device, q.element_size(), H, n_k, n_v, D, composed) is None:
+    elif decode_options(q.device, q.element_size(), H, n_k, n_v, D, to_compose) is None:
         obstacle = f"{n_k} key and {n_v} value components of width {D} do not fit one program"
-    path = choose_path("mea_decode", path, q.device, q.dtype, D, obstacle)
+    path = choose_path("mea_decode", path, q, k, gradient, obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         if path == "triton":
-            return decode(q, k, v, compose_k, compose_v, norm_weight, lengths, eps)
+            return decode_op(q, k, v, compose_k, compose_v, norm_weight, lengths, eps)
         positions = None
         if lengths is not None:  # torch would read what is not filled, and a weight of 0 times NaN is NaN
             positions = lengths[:, None] - 1
             unfilled = (torch.arange(k.size(2), device=k.device) > positions)[:, None, :, None]  # (B, 1, S, 1)
             k, v = k.masked_fill(unfilled, 0), v.masked_fill(unfilled, 0)
-        absorb = composed and path in ("auto", "sdpa")
+        absorb = to_compose and path == "sdpa"
         return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, positions, absorb)
 
 
@@ -466,13 +516,13 @@ def check_paths(device):
     for function, length in ((mea_attention, 100), (mea_decode, 1)):
         operands = heads(8, length), *components, *weights
         exact = function(*(x.double() for x in operands), path="reference")
-        for path in PATHS:
+        for path in PATHS[1:]:
             try:
                 error = (function(*operands, path=path).double() - exact).norm() / exact.norm()
                 print(f"{function.__name__:14s} {path:10s} relative error {error:.1e}")
             except ValueError as refusal:
                 print(f"{function.__name__:14s} {path:10s} {refusal}")
-    if device == "cpu" and triton is not None and not triton.knobs.runtime.interpret:
+    if device == "cpu" and kernels.triton is not None and not kernels.INTERPRETED:
         print("TRITON_INTERPRET=1 python functional.py runs the kernels themselves here, slowly")
 
 

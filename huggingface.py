@@ -17,7 +17,7 @@ from textwrap import shorten
 
 import torch
 
-from attention import MEA
+from attention import MEA, MHA
 from model import GPT, GPTConfig
 
 # The fields of `GPTConfig` that a transformers config has under another name, or the same.
@@ -212,6 +212,29 @@ def weights_of(theirs, config):
 # Out
 
 
+@torch.no_grad()
+def folded_to_mha(attention):
+    """The `MHA` equal to an `MEA` with a full set of components (and with the same head norm).
+
+    Raises ValueError unless n_k == n_v == H, for a parameter that it does not know, and for a subclass.
+    """
+    name = type(attention).__name__
+    if type(attention) is not MEA:
+        raise ValueError(f"{name} does not fold into MHA: it may do more than MEA")
+    if not attention.n_k == attention.n_v == attention.n_head:
+        counts = f"{attention.n_k} and {attention.n_v} for {attention.n_head} heads"
+        raise ValueError(f"only a full set of components folds into MHA: {counts}")
+    equal = MHA(attention.config, attention.layer).to(attention.q_proj.weight)
+    missing, more = equal.load_state_dict(attention.state_dict(), strict=False)
+    if missing or {*more} != {"compose_k", "compose_v"}:  # these fold
+        raise ValueError(f"{name} does not fold into MHA, which has no {', '.join(missing + more)}")
+    for projection, (weight, bias) in zip((equal.k_proj, equal.v_proj), attention.composed_projections()):
+        projection.weight.copy_(weight)
+        if bias is not None:
+            projection.bias.copy_(bias)
+    return equal
+
+
 def exported_model(model, special_tokens):
     """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3.
 
@@ -227,10 +250,10 @@ def exported_model(model, special_tokens):
     if c.qk_norm and c.attention_bias:
         raise ValueError("qk_norm with attention_bias cannot be exported: Qwen3 has the first, Qwen2 the second")
     for i, block in enumerate(model.layers):
-        if isinstance(block.self_attn, MEA):  # fold() refuses what is more than an MHA
+        if isinstance(block.self_attn, MEA):
             prefix = f"layers.{i}.self_attn."
             weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
-            weights |= {prefix + name: w for name, w in block.self_attn.fold().state_dict().items()}
+            weights |= {prefix + name: w for name, w in folded_to_mha(block.self_attn).state_dict().items()}
     if c.embedding_multiplier != 1:  # goes into the embedding, which is then no longer the head
         weights["embed_tokens.weight"] = weights["embed_tokens.weight"] * c.embedding_multiplier
     rope = dict(rope_type="default", rope_theta=c.rope_theta)

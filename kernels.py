@@ -39,8 +39,8 @@ def load_tile(heads, b, h, start, T, D: constexpr, BLOCK: constexpr, WIDTH: cons
     """Rows start .. start + BLOCK. Past T they repeat the last row, which costs less than a mask; callers hide them."""
     tensor, strides = heads
     rows, columns = tl.minimum(tl.arange(0, BLOCK), T - 1 - start)[:, None], tl.arange(0, WIDTH)[None, :]
-    # The first row may be more than 2^31 elements away; the offsets from there stay 32-bit, which saves registers.
-    tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
+    # The first row may be more than 2^31 elements away; offsets from there stay 32-bit, which saves registers.
+    tensor += b * strides[0] + tl.cast(h, tl.int64) * strides[1] + tl.cast(start, tl.int64) * strides[2]
     if D < WIDTH:
         return tl.load(tensor + rows * strides[2] + columns * strides[3], mask=columns < D, other=0.0)
     else:
@@ -51,7 +51,7 @@ def load_tile(heads, b, h, start, T, D: constexpr, BLOCK: constexpr, WIDTH: cons
 def store_tile(heads, b, h, start, T, D: constexpr, tile):
     tensor, strides = heads
     rows, columns = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
-    tensor += b * strides[0] + h * strides[1] + tl.cast(start, tl.int64) * strides[2]
+    tensor += b * strides[0] + tl.cast(h, tl.int64) * strides[1] + tl.cast(start, tl.int64) * strides[2]
     inside = (start + rows < T) & (columns < D)
     tl.store(tensor + rows * strides[2] + columns, tile.to(tensor.dtype.element_ty), mask=inside)
 
@@ -71,6 +71,11 @@ def load_gain(gain, h, D: constexpr, WIDTH: constexpr):
 def forward_kernel(
     q, k, v, gain, out, pre_norm, lse, H, T, eps, D: constexpr, WIDTH: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr
 ):
+    """A block of queries against all keys up to its last row: y = softmax(q k^T / sqrt(D)) v, and its norm.
+
+    The softmax is taken as the keys come (running maximum and sum); lse = log2 sum_s exp2(score) is kept for the
+    backward pass, and with a norm the output before it, too.
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last rows have the most keys: start them first
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h, rows = head // H, head % H, first + tl.arange(0, BLOCK_M)
@@ -223,7 +228,7 @@ def decode_kernel(
     values, v_strides = v
     first_component = 0 if compose_k is not None else first_head
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
-    component, column = lanes // WIDTH, lanes % WIDTH
+    component, column = tl.cast(lanes // WIDTH, tl.int64), lanes % WIDTH  # heads may be more than 2^31 elements apart
     filled = ((component < VALUES) & (column < D))[None, :]
     scale: constexpr = D**-0.5 * LOG2_E
     # The heads of the one new position are the rows of this tile; surplus rows repeat the last head and are not stored.
@@ -245,9 +250,9 @@ def decode_kernel(
         p = tl.exp2(scores - new_max[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(p, 1)
-        v_rows = values + b * v_strides[0] + first_component * v_strides[1] + tl.cast(start, tl.int64) * v_strides[2]
+        v_rows = values + b * v_strides[0] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
-        v_columns = (component * v_strides[1] + column * v_strides[3])[None, :]
+        v_columns = ((first_component + component) * v_strides[1] + column * v_strides[3])[None, :]
         v_tile = tl.load(v_rows + v_columns, mask=filled, other=0.0)  # (BLOCK_S, BLOCK_V * WIDTH)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])  # sum_s p[h, s] V_c[s], for all c
         row_max = new_max
@@ -352,7 +357,7 @@ def empty_like_heads(q):
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def flash_forward(q, k, v, gain, eps, save):
+def launch_attention(q, k, v, gain, eps, save):
     """Output, the output before the norm (empty unless `save` and there is a norm), log2-sum-exp2 (B, H, T)."""
     B, H, T, D = q.shape
     gain = contiguous(gain)
@@ -364,7 +369,7 @@ def flash_forward(q, k, v, gain, eps, save):
     return out, q.new_empty(0) if pre_norm is None else pre_norm, log_sum_exp
 
 
-def flash_backward(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
+def launch_attention_backward(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
     """Gradients of q, k, v and gain (the last one empty without a norm)."""
     B, H, T, D = q.shape
     gain = contiguous(gain)
@@ -401,7 +406,8 @@ def decode_options(device, itemsize, H, n_k, n_v, D, composed):
     return dict(**sizes, num_warps=4 if block_h * lanes <= 8192 else 8, num_stages=2)
 
 
-def decode_forward(q, k, v, compose_k, compose_v, gain, lengths, eps):
+def launch_decode(q, k, v, compose_k, compose_v, gain, lengths, eps):
+    """The output (B, H, 1, D) of one new position: `functional.mea_decode`."""
     B, H, _, D = q.shape
     S, composed = k.shape[2], compose_k is not None
     compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
@@ -418,36 +424,43 @@ def decode_forward(q, k, v, compose_k, compose_v, gain, lengths, eps):
     return out
 
 
-# The operators that autograd and torch.compile see. Each is opaque to them; the fake version states shapes and strides.
+# The operators that autograd and torch.compile see. Each is opaque to them: its `*_shapes` states what it returns.
 
 
-SIGNATURES = {
-    flash_forward: "(Tensor q, Tensor k, Tensor v, Tensor? gain, float eps, bool save) -> (Tensor, Tensor, Tensor)",
-    flash_backward: "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor pre_norm, "
-    "Tensor log_sum_exp, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    decode_forward: "(Tensor q, Tensor k, Tensor v, Tensor? compose_k, Tensor? compose_v, Tensor? gain, "
-    "Tensor? lengths, float eps) -> Tensor",
-}
-flash, flash_grad, decode = (
-    torch.library.custom_op(f"nanomea::{function.__name__}", function, mutates_args=(), schema=signature)
-    for function, signature in SIGNATURES.items()
+def operator(launcher, schema):
+    return torch.library.custom_op(f"nanomea::{launcher.__name__}", launcher, mutates_args=(), schema=schema)
+
+
+attention_op = operator(
+    launch_attention,
+    "(Tensor q, Tensor k, Tensor v, Tensor? gain, float eps, bool save) -> (Tensor, Tensor, Tensor)",
+)
+attention_backward_op = operator(
+    launch_attention_backward,
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor pre_norm, Tensor log_sum_exp, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+decode_op = operator(
+    launch_decode,
+    "(Tensor q, Tensor k, Tensor v, Tensor? compose_k, Tensor? compose_v, Tensor? gain, Tensor? lengths, float eps)"
+    " -> Tensor",
 )
 
 
-@flash.register_fake
-def _(q, k, v, gain, eps, save):
+@attention_op.register_fake
+def attention_shapes(q, k, v, gain, eps, save):
     pre_norm = empty_like_heads(q) if save and gain is not None else q.new_empty(0)
     return empty_like_heads(q), pre_norm, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@flash_grad.register_fake
-def _(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
+@attention_backward_op.register_fake
+def attention_backward_shapes(grad_out, q, k, v, gain, pre_norm, log_sum_exp, eps):
     grad_gain = q.new_empty(0) if gain is None else gain.new_empty(gain.shape)
     return empty_like_heads(q), empty_like_heads(q), empty_like_heads(q), grad_gain
 
 
-@decode.register_fake
-def _(q, k, v, compose_k, compose_v, gain, lengths, eps):
+@decode_op.register_fake
+def decode_shapes(q, k, v, compose_k, compose_v, gain, lengths, eps):
     return q.new_empty(q.shape)
 
 
@@ -459,18 +472,22 @@ def save_for_backward(ctx, inputs, output):
 
 def run_backward(ctx, grad_out, *_):
     q, k, v, gain, pre_norm, log_sum_exp = ctx.saved_tensors
-    dq, dk, dv, grad_gain = flash_grad(grad_out, q, k, v, gain, pre_norm, log_sum_exp, ctx.eps)
+    dq, dk, dv, grad_gain = attention_backward_op(grad_out, q, k, v, gain, pre_norm, log_sum_exp, ctx.eps)
     return dq, dk, dv, None if gain is None else grad_gain, None, None
 
 
-flash.register_autograd(run_backward, setup_context=save_for_backward)
+attention_op.register_autograd(run_backward, setup_context=save_for_backward)
+
+
+# Whether the kernels run in Triton's interpreter, on any device: TRITON_INTERPRET=1 when this file was imported.
+INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
 
 def triton_obstacle(device, dtype, D):
     """Why no kernel computes this, or None."""
     if triton is None:
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on a {device.type} device"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"

@@ -162,7 +162,7 @@ class LayerCache:
 
     def __init__(self, cache, k, v):
         self.cache, self.k, self.v = cache, k, v
-        self.folded = None  # MEA's folded projections: valid as long as the entries made with them
+        self.projections = None  # MEA's, with their compositions folded in: valid as long as the entries made with them
 
     def rope(self, length):
         """(cos, sin) of the cached positions, each (length, 1, D): a row's entry stands where it is stored."""
@@ -368,14 +368,15 @@ class GPT(nn.Module):
         return new
 
     def parameter_groups(self, weight_decay):
-        """AdamW's two groups. Matrices of linear layers and embeddings decay; vectors, norms, lambdas and compositions
-        do not: decay would pull `compose_*` away from the identity it starts at."""
+        """AdamW's groups of what is trained. Matrices of linear layers and embeddings decay; vectors, norms, lambdas
+        and compositions do not: decay would pull `compose_*` away from the identity it starts at."""
         decayed = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-        parameters = list(self.parameters())
-        return [
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
             dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
             dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
         ]
+        return [group for group in groups if group["params"]]
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

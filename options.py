@@ -15,14 +15,20 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import get_args
+
+WINDOWS = os.name == "nt"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -31,9 +37,13 @@ from typing import get_args
 BOUNDS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
 
 
-def option(default, help, choices=None, **bounds):
-    """A dataclass field that `parse_options` turns into --name. `bounds` of a number are some of BOUNDS."""
-    return field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
+def option(default, help, choices=None, group="", expand=True, **bounds):
+    """A dataclass field that `parse_options` turns into --name. `bounds` of a number are some of BOUNDS.
+
+    --help lists the options of a `group` together. In a text a ~ that begins a path becomes the home folder, unless
+    `expand` is False.
+    """
+    return field(default=default, metadata=dict(help=help, choices=choices, group=group, expand=expand, bounds=bounds))
 
 
 def parse_options(cls, argv=None, presets=None):
@@ -42,8 +52,9 @@ def parse_options(cls, argv=None, presets=None):
     Every field with a help text and a scalar type is an option. A preset (--preset, looked up in `presets`) changes
     defaults; what is given beside it wins. Anything wrong ends the program with one line and exit code 2.
     """
-    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, usage="%(prog)s [options]")
     parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, **how)
+    groups = {name: parser.add_argument_group(name) for name in getattr(cls, "groups", ())}
     for f in fields(cls):
         kind = next((k for k in (bool, int, float, str) if k in (get_args(f.type) or (f.type,))), None)
         if kind is None or "help" not in f.metadata:
@@ -55,7 +66,10 @@ def parse_options(cls, argv=None, presets=None):
             how = dict(type=kind, choices=f.metadata["choices"])
         else:
             how = dict(type=kind, metavar=kind.__name__)
-        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
+        if kind is str and f.metadata["expand"] and not f.metadata["choices"]:
+            how["type"] = expand_home
+        group = groups.get(f.metadata["group"] or "model", parser)
+        group.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
     preset = presets[given.get("preset", cls.preset)] if presets else {}
     try:
@@ -85,6 +99,17 @@ def check_options(options):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the options)")
+
+
+def expand_home(text):
+    """`text` with the home folder for every ~ that begins a path: alone, in a list with commas, or behind hf:"""
+    return re.sub(r"(?:^|(?<=,)|(?<=^hf:))~(?=[/\\]|$)", lambda _: str(Path.home()), text)
+
+
+def shown_command(*words):
+    """A command as a line to paste into a shell: words with a space or a ~ are quoted."""
+    words = list(map(str, words))
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def yes_or_no(text):
@@ -146,12 +171,12 @@ def choose_device(name="auto"):
     """torch.device for an option's text. Raises ValueError if this machine has no such device."""
     import torch
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if name == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if several and name.startswith("cuda"):  # under torchrun each process takes the GPU of its rank
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -229,7 +254,7 @@ def replace_file(source, target, tries=20):
         try:
             return os.replace(source, target)
         except PermissionError:
-            if os.name != "nt" or attempt == tries:
+            if not WINDOWS or attempt == tries:
                 raise
             time.sleep(0.1)
 
@@ -265,14 +290,15 @@ def save_picture(path, draw):
     """Write the figure that draw(pyplot) returns. Returns a line that says where it is, or, without matplotlib, how to
     get one."""
     try:
-        import matplotlib
+        if "matplotlib.pyplot" not in sys.modules:  # a notebook shows its own figures
+            os.environ["MPLBACKEND"] = "agg"
+        from matplotlib import pyplot
+
+        figure = draw(pyplot)
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
     except ImportError:
         return f"no {Path(path).name}: pip install matplotlib"
-    if "matplotlib.pyplot" not in sys.modules:  # a notebook shows its own figures
-        matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = draw(pyplot)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    except Exception as error:  # a backend that is not there, a full disk: the work it shows is done and stays
+        return f"no {Path(path).name} ({shorten(str(error), 100)})"
     return f"picture: {path}"

@@ -22,7 +22,7 @@ from model import KVCache
 @dataclass
 class Options:
     checkpoint: str = option("out/small", "run folder, a checkpoint file in one, a Hugging Face folder or hub name")
-    prompt: str = option("", "text to go on from (default: the start of a document)")
+    prompt: str = option("", "text to go on from (default: the start of a document)", expand=False)
     prompt_file: str = option("", "read the prompt from this file; - is standard input")
     num_samples: int = option(1, "continuations to write", least=1)
     max_new_tokens: int = option(200, "tokens of each", least=0)

@@ -55,7 +55,11 @@ class WindowSampler:
         after another, the rows of one batch grad_accum times as large.
         """
         first = ((step * grad_accum + micro_step) * world_size + rank) * batch_size
-        return cut_windows(self.tokens, self.starts(np.arange(first, first + batch_size)), self.block_size)
+        return self.windows(np.arange(first, first + batch_size))
+
+    def windows(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of the windows number `samples`, each int64 (samples, block_size)."""
+        return cut_windows(self.tokens, self.starts(samples), self.block_size)
 
 
 def validation_windows(tokens: np.ndarray | Shards, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,13 +2,10 @@
 
     python experiments/bench.py                     # training, decoding, memory: a table, JSON and a picture in minutes
     python experiments/bench.py --training --nanogpt ../nanoGPT --dtype float32
-    python experiments/bench.py --minutes --nanogpt ../nanoGPT --threads 1      # loss against minutes (minutes.py)
     python experiments/bench.py --decoding
     python experiments/bench.py --memory            # peak memory of a training step against the sequence's length
-    python experiments/bench.py --kernels           # rooflines, timings on this machine; without a GPU compiled loops
-    python experiments/bench.py --aot sm_80,sm_90   # the cost model beside the compiled loops (roofline.py)
 
-Read attention.py first.
+minutes.py runs whole commands against the clock, roofline.py times attention alone. Read attention.py first.
 """
 
 import contextlib
@@ -25,16 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_quartiles, timed, write_results
+from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_cell, ratio_quartiles, timed
+from experiments.report import write_results
 from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, save_picture
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
 import train
-from experiments import gpu, minutes, roofline
 from model import GPT, PRESETS, GPTConfig, KVCache
 
 VARIANTS = {  # name: (config, what it is compared with)
@@ -240,8 +236,7 @@ def bench_memory(lengths=(512, 1024, 2048, 4096, 8192)):
 
 def table_line(row):
     amount = f"{row['ms']:.2f} ms" if "ms" in row else f"{row['bytes'] / 2**20:,.0f} MiB"
-    low, middle, high = row["ratio"] or (None, None, None)
-    ratio = "" if middle is None else f"{middle:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
+    ratio = ratio_cell(row["ratio"]) if row["ratio"] else ""
     speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
     cached = f"{row['bytes_per_token']:,}" if row.get("bytes_per_token") else ""
     return [row["section"], row["name"], amount, row["base"] if ratio else "", ratio, speed, cached]
@@ -306,13 +301,10 @@ class Options:
     training: bool = option(False, "a training step of every variant, as a ratio to MHA")
     decoding: bool = option(False, "decoded tokens per second against the context: cached, uncached, compressed")
     memory: bool = option(False, "peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
-    minutes: bool = option(False, "validation loss of whole runs against minutes, beside --nanogpt's (half an hour)")
-    kernels: bool = option(False, "rooflines and timings of attention; on a CPU the loops compiled for sm_90 as well")
-    aot: str = option("", "NVIDIA targets (sm_80,sm_90) to compile for: count what the loops do")
-    nanogpt: str = option("", "a checkout of nanoGPT, which --training and --minutes measure beside ours (on the CPU)")
+    nanogpt: str = option("", "a checkout of nanoGPT, which --training measures beside ours (on the CPU)")
     dtype: str = option("auto", "of --training, as train.py's", ["auto", "float32", "bfloat16"])
     threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
-    results: str = option("", "name of the .json, .md and .png (default: experiments/results/bench, or minutes)")
+    results: str = option("", "name of the .json, .md and .png (default: experiments/results/bench)")
 
 
 def main(argv=None):
@@ -320,39 +312,16 @@ def main(argv=None):
     device, how = choose_device(), command("bench.py", argv)
     if o.threads:
         torch.set_num_threads(o.threads)
-    results = ROOT / (o.results or f"experiments/results/{'minutes' if o.minutes else 'bench'}")
-    chosen = [name for name in ("training", "decoding", "memory") if getattr(o, name)]
-    if not (chosen or o.kernels or o.aot or o.minutes):
-        chosen = ["training", "decoding", "memory"]
-    if o.minutes and chosen:
-        fail(f"--minutes takes the whole machine and has results of its own: leave out --{chosen[0]}")
-    if o.minutes and not o.nanogpt:
-        fail("--minutes is beside nanoGPT: say where its checkout is with --nanogpt")
-    if o.nanogpt and not (o.minutes or "training" in chosen):
-        fail("--nanogpt is measured by --training and --minutes: give one of them too")
+    results = ROOT / (o.results or "experiments/results/bench")
+    every = ["training", "decoding", "memory"]
+    chosen = [name for name in every if getattr(o, name)] or every
+    if o.nanogpt and "training" not in chosen:
+        fail("--nanogpt is measured by --training: give it too")
     if o.nanogpt and not (device.type == "cpu" and (Path(o.nanogpt) / "model.py").is_file()):
         fail(f"--nanogpt compares on the CPU and needs a checkout with a model.py, not {o.nanogpt} on {device}")
     if "memory" in chosen and not Path("/proc/self/clear_refs").exists():
         fail("--memory reads Linux's /proc/self/status, which is not here: choose --training and --decoding")
-    compiles = kernels.triton is not None and not kernels.triton.knobs.runtime.interpret
-    targets = o.aot.split(",") if o.aot else ["sm_90"] if o.kernels and device.type == "cpu" and compiles else []
-    if unknown := [target for target in targets if not target.startswith("sm_") or target not in roofline.TARGETS]:
-        fail(f"--aot does not know {', '.join(unknown)}")
-    if o.aot and not compiles:
-        fail("--aot needs triton (pip install triton), without TRITON_INTERPRET in the environment")
-    if o.kernels:
-        roofline.print_rooflines()
-    if targets:
-        roofline.print_loop_counts(targets)
-    if o.kernels and device.type == "cuda":
-        gpu.time_kernels(gpu.Options())
-    elif o.kernels:
-        print("\nNo GPU here: the Triton kernels are not timed, only the paths that a CPU takes.")
-        roofline.print_timings(B=2, T=512, S=2048, H=8, D=64, n=2)
-    if o.minutes:
-        minutes.measure(o.nanogpt, torch.get_num_threads(), results, how)
-    if chosen:
-        measure(o, chosen, device, results, how)
+    measure(o, chosen, device, results, how)
 
 
 def measure(o, chosen, device, results, how):

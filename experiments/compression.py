@@ -27,8 +27,9 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 import torch
 
 from attention import one_hot_composition
-from compress import METHODS, Calibration, Mixture, calibrate, choose_ranks, compress, probe
+from compress import METHODS, Calibration, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
+from data.texts import Turns
 from data.sampler import validation_windows
 from huggingface import from_pretrained
 from model import KVCache
@@ -188,7 +189,7 @@ def pretrained(o):
 
     def windows_seen(seed):
         """(tokens that calibrate, the windows behind them that a probe measures on)."""
-        sampler = Mixture([texts[folder].train for folder in folders], T, seed)
+        sampler = Turns([texts[folder].train for folder in folders], T, seed)
         inputs, targets = sampler.batch(0, o.calibration_windows + o.probe_windows)
         n = o.calibration_windows
         return torch.from_numpy(inputs[:n]), (inputs[n:], targets[n:])

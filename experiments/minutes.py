@@ -1,15 +1,12 @@
 """Validation loss against minutes: `python train.py` beside nanoGPT's, whole commands on the same tokens of a CPU.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
-    python experiments/bench.py --minutes --nanogpt ../nanoGPT --threads 1      # about half an hour on a quiet machine
+    python experiments/minutes.py --nanogpt ../nanoGPT --threads 1      # about half an hour on a quiet machine
 
 Both as they come: ours in bfloat16 where the CPU has it, nanoGPT in float32, the only precision that its train.py has
-on a CPU; both with batch, steps, warm-up and evaluations of the default preset, nanoGPT at three rates. A run that the
-results hold already is not repeated. It runs the checkout's code.
+on a CPU; both with batch, steps, warm-up and evaluations of the default preset, nanoGPT at three rates. It takes the
+whole machine. A run that the results hold already is not repeated. It runs the checkout's code. Read first: train.py.
 """
-
-from experiments.report import ROOT, finish_axes, program, table, write_results
-from options import fail, parse_options, save_picture
 
 import contextlib
 import json
@@ -20,12 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import ROOT, command, finish_axes, program, table, write_results
+from options import fail, option, parse_options, run_program, save_picture
 
 import train
 
 SETTINGS, _ = parse_options(train.Options, [], train.PRESETS)  # of the default preset
 RATES = 1e-3, 3e-3, 6e-3
+PROGRAMS = "train.py", "model.py", "configurator.py"  # of nanoGPT
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
 NANOGPT = re.compile(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)")
@@ -38,7 +41,7 @@ def nanogpt_with_our_tokens(checkout):
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "data" / "nanomea"
         tokens.mkdir(parents=True)
-        for name in ("train.py", "model.py", "configurator.py"):
+        for name in PROGRAMS:
             shutil.copy(Path(checkout) / name, folder)
         for name in ("train.bin", "val.bin"):
             (tokens / name).symlink_to(data / name)
@@ -131,3 +134,25 @@ def draw(plt, runs):
         )
         finish_axes(ax, xlabel="minutes", ylabel="validation loss, nats per token", title=title)
     return figure
+
+
+@dataclass
+class Options:
+    nanogpt: str = option("../nanoGPT", "a checkout of nanoGPT")
+    threads: int = option(1, "CPU threads of every run", least=1)
+    results: str = option("experiments/results/minutes", "name of the .json, .md and .png")
+
+
+def main(argv=None):
+    o, _ = parse_options(Options, argv)
+    if missing := [name for name in PROGRAMS if not (Path(o.nanogpt) / name).is_file()]:
+        fail(f"{o.nanogpt} is no checkout of nanoGPT: it has no {missing[0]}")
+    if not Path("/proc/self/stat").exists():
+        fail("minutes of CPU time are read from Linux's /proc, which is not here")
+    if not (ROOT / train.DEFAULT_DATA / "meta.json").is_file():
+        fail(f"both train on {train.DEFAULT_DATA}, which is not there yet: python data/prepare.py makes it")
+    measure(o.nanogpt, o.threads, ROOT / o.results, command("minutes.py", argv))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -98,6 +98,12 @@ def number(value, form, std=None):
     return ("" if value is None else f"{value:{form}}") + ("" if std is None else f" ± {std:{form.strip('+')}}")
 
 
+def ratio_cell(quartiles):
+    """A cell of a table: the median of `ratio_quartiles`, with the others where they differ."""
+    low, median, high = quartiles
+    return f"{median:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
+
+
 def table(heads, rows):
     """The lines of a Markdown table, each when its row comes."""
     yield f"| {' | '.join(heads)} |"

@@ -1,23 +1,41 @@
-"""What the kernels should cost, what the compiled code does, and what a machine takes: `bench.py --kernels`, `--aot`.
+"""The kernels on paper, as the compiler makes them for GPUs that need not be here, and the time that a CPU takes.
 
-A cost model counts bytes and FLOPs from the shapes; the roofline is the larger of bytes / bandwidth and FLOPs / peak.
+    python experiments/roofline.py                                     # the cost model; times of the paths of a CPU
+    python experiments/roofline.py --targets sm_80,sm_90,sm_100,gfx942 # registers, spills, and what the loops do
+
+The cost model counts bytes and FLOPs from the shapes; the roofline is the larger of bytes / bandwidth and FLOPs / peak.
 Beside it stand counts from code compiled ahead of time: the bytes of the asynchronous copies and the FLOPs of the
 matrix instructions in the loop over key blocks. So "decode reads the compressed cache once" is checked without a GPU.
-Times are measured where they can be: no roofline is a measurement. Read first: kernels.py.
+No roofline is a measurement: gpu.py times the kernels. Read first: kernels.py.
 """
 
+import itertools
 import math
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.report import in_turns, print_table, ratio_cell, ratio_quartiles, timed
+from options import fail, option, parse_options, run_program
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kernels
-from experiments.aot import TARGETS, compile_ahead, record_launches
-from experiments.report import in_turns, print_table, ratio_quartiles, timed
 from functional import mea_attention, mea_decode, rms_norm
+from kernels import triton
+
+if triton is not None:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cost model. B batch, T positions, S cached ones, H heads, Hc, n_k, n_v components, D width
@@ -97,7 +115,91 @@ def print_rooflines(B=8, T=2048, H=16, D=64, n=4):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the compiled code does
+# What the compiler makes of them
+
+# name: (backend, architecture, threads per warp, KiB of shared memory that one program may use, KiB per multiprocessor)
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163, 164),
+    "sm_86": ("cuda", 86, 32, 99, 100),
+    "sm_89": ("cuda", 89, 32, 99, 100),
+    "sm_90": ("cuda", 90, 32, 227, 228),
+    "sm_100": ("cuda", 100, 32, 227, 228),
+    "sm_120": ("cuda", 120, 32, 99, 100),
+    "gfx942": ("hip", "gfx942", 64, 64, 64),
+}
+
+
+def record_launches(shared, B=8, T=2048, H=16, n_k=4, n_v=4, D=128, dtype=torch.bfloat16):
+    """(kernel, arguments, options) of all launches of a training and a decoding step, given bytes of shared memory."""
+    launches = []
+    heads = lambda n, length: torch.empty(B, length, n, D, dtype=dtype, device="meta").transpose(1, 2)
+    weight = lambda *shape: torch.empty(shape, device="meta")
+    record = lambda kernel, grid, *arguments, **options: launches.append((kernel, arguments, options))
+    with mock.patch.multiple(kernels, launch=record, device_limits=lambda device: (shared, 132)):
+        q, gain = heads(H, T), weight(H, D)
+        out, pre_norm, log_sum_exp = kernels.launch_attention(q, q, q, gain, 1e-6, True)
+        kernels.launch_attention_backward(out, q, q, q, gain, pre_norm, log_sum_exp, 1e-6)
+        kernels.launch_decode(
+            heads(H, 1), heads(n_k, T), heads(n_v, T), weight(n_k, H), weight(n_v, H), gain, weight(B).int(), 1e-6
+        )
+    return launches
+
+
+def compile_ahead(target, kernel, arguments, options):
+    """Compile one recorded launch as the JIT would for these arguments, and read the resources from what comes out."""
+    constants, attributes = {}, {}
+
+    def describe(value, path):
+        """A Triton type; as in the JIT, None and 1 become constants and divisibility by 16 is noted."""
+        if isinstance(value, tuple):
+            return tuple(describe(item, path + (i,)) for i, item in enumerate(value))
+        if value is None or isinstance(value, int) and value == 1:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+        return pointers[value.dtype] if isinstance(value, Tensor) else "i32"
+
+    names = kernel.arg_names
+    signature = {names[i]: describe(value, (i,)) for i, value in enumerate(arguments)}
+    constants |= {(names.index(name),): value for name, value in options.items() if name in names}
+    signature |= {name: "constexpr" for name in options if name in names}
+    build = {name: value for name, value in options.items() if name not in names}
+    backend, architecture, warp_size, _, shared_total = TARGETS[target]
+    source, gpu = ASTSource(kernel, signature, constants, attributes), GPUTarget(backend, architecture, warp_size)
+    binary = triton.compile(source, target=gpu, options=build)
+    asm = binary.asm["ptx" if backend == "cuda" else "amdgcn"]
+    shared, warps = binary.metadata.shared, build.get("num_warps", 4)
+    reserved = 1024 if backend == "cuda" else 0  # bytes of shared memory that CUDA itself takes per block
+    if backend == "cuda":
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(asm)
+            file.flush()
+            name = re.search(r"\.target (sm_[0-9a-z]+)", asm)[1]  # sm_90a, say
+            command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.search(r"Used (\d+) reg", report)[1])
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    else:
+        registers, spills = (
+            int(re.search(rf"\.{field}:\s+(\d+)", asm)[1]) for field in ("vgpr_count", "vgpr_spill_count")
+        )
+        by_registers, spills = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps, 4 * spills
+    return dict(
+        kernel=kernel.__name__.removesuffix("_kernel"),
+        warps=warps,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        matrix=len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", asm)),
+        async_copies=len(re.findall(r"cp\.async\.(?:c[ag]|bulk)\.|_load_lds", asm)),
+        blocks=min(by_registers, shared_total * 1024 // (shared + reserved), 2048 // (warp_size * warps)),
+        asm=asm,
+    )
 
 
 def innermost_loops(ptx):
@@ -127,27 +229,27 @@ def block_model(kernel, options):
     return loaded and (2 * loaded * W * 2, products * 2 * M * N * W)  # two tiles are loaded
 
 
-def print_loop_counts(targets, widths=(64, 128)):
-    """Per block of one program: the model's bytes and FLOPs beside the compiled loop's."""
-
-    def rows(target, D):
+def print_compiled(targets, widths=(64, 128)):
+    """Two tables: the resources of every kernel, and one pass of a program through a loop beside the model of it."""
+    resources, loops = [], []
+    for target, D in itertools.product(targets, widths):
         for kernel, arguments, options in record_launches(TARGETS[target][3] * 1024, D=D):
             row = compile_ahead(target, kernel, arguments, options)
-            if model := block_model(row["kernel"], options):
-                loops = [loop_counts(body, row["warps"]) for body in innermost_loops(row["asm"])]
-                compiled = max(loops, key=lambda counts: counts[1], default=(0, 0))
-                kilobytes = [f"{counts[0] / 1024:.2f}" for counts in (model, compiled)]
-                yield [
-                    target,
-                    str(D),
-                    row["kernel"],
-                    *kilobytes,
-                    *(f"{flops / 1e6:.2f}" for _, flops in (model, compiled)),
-                ]
-
+            asm = row.pop("asm")
+            resources.append([target, *map(str, [D, *row.values()])])
+            if target.startswith("sm_") and (model := block_model(row["kernel"], options)):
+                passes = [loop_counts(body, row["warps"]) for body in innermost_loops(asm)]
+                compiled = max(passes, key=lambda counts: counts[1], default=(0, 0))
+                copied = [f"{counts[0] / 1024:.2f}" for counts in (model, compiled)]
+                flops = [f"{counts[1] / 1e6:.2f}" for counts in (model, compiled)]
+                loops.append([target, str(D), row["kernel"], *copied, *flops])
+    limits = "blocks per multiprocessor by registers, shared memory and threads"
+    print(f"bf16, triton {triton.__version__}; registers per thread; {limits}\n")
+    heads = "target, D, kernel, warps, registers, spill bytes, shared bytes, matrix instructions, async copies, blocks"
+    print_table(heads.split(", "), resources)
     heads = ["target", "D", "kernel", "KB per block, model", "compiled", "MFLOP per block, model", "compiled"]
     print()
-    print_table(heads, (row for target in targets for D in widths for row in rows(target, D)))
+    print_table(heads, loops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,8 +325,34 @@ def print_timings(B, T, S, H, D, n):
     print(f"\nMeasured: {machine}, {shape}, torch {torch.__version__}; rates count the model's work\n")
     rows = []
     for kind, jobs in kinds.items():
-        for i, (name, cost, seconds, (low, middle, high)) in enumerate(time_jobs(jobs, "cpu", rounds=20)):
-            ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if i else ""
+        for i, (name, cost, seconds, quartiles) in enumerate(time_jobs(jobs, "cpu", rounds=20)):
+            ratio = ratio_cell(quartiles) if i else ""
             rates = f"{cost.flops / seconds / 1e12:.3f}", f"{cost.bytes / seconds / 1e9:.1f}"
             rows.append([kind, name, f"{seconds * 1e3:.3f}", ratio, *rates])
     print_table(["step", "path", "ms", "ratio to SDPA alone", "TFLOP/s", "GB/s"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    targets: str = option("", f"GPUs to compile for, with commas between them: of {', '.join(TARGETS)}")
+
+
+def main(argv=None):
+    o, _ = parse_options(Options, argv)
+    targets = o.targets.split(",") if o.targets else []
+    if unknown := [target for target in targets if target not in TARGETS]:
+        fail(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
+    if targets and (triton is None or triton.knobs.runtime.interpret):
+        fail("--targets needs triton (pip install triton), without TRITON_INTERPRET in the environment")
+    if targets:
+        print_compiled(targets)
+    else:
+        print_rooflines()
+        print_timings(B=2, T=512, S=2048, H=8, D=64, n=2)
+
+
+if __name__ == "__main__":
+    run_program(main)

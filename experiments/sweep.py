@@ -11,23 +11,8 @@ runs at those rates:
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
 
-The same for a laptop, with a model so small that 300 steps take 20 s of one core. What came of it is committed in
-experiments/results/laptop/, where each table begins with its command; experiments/LOG.md says what to make of it.
-
-    SHAPE="--preset tiny --n_embd 64 --block_size 128 --batch_size 16 --warmup_steps 50 --eval_windows 64 --jobs 2"
-    LAPTOP="$SHAPE --eval_every 50 --save_every 50"
-    RESULTS=experiments/results/laptop
-    RATES=1e-3,3e-3,6e-3,1.2e-2,2.5e-2,5e-2,1e-1
-    python experiments/sweep.py --choose_rates --learning_rates $RATES --max_steps 300 --extrapolate_to 614400 \\
-        --results $RESULTS/rates $LAPTOP                 # a run sees 614,400 tokens: nothing is extrapolated
-    python experiments/sweep.py --rates_from $RESULTS/rates.json --max_steps 600 --snapshots \\
-        --results $RESULTS/own_rates $LAPTOP
-
-The data of the tables bytes and cpp-docs there (the second is 16 million tokens long, so no run meets one twice):
-
-    python data/prepare.py --source python --tokenizer byte --out_dir data/python-byte
-    git clone --depth 1 https://github.com/MicrosoftDocs/cpp-docs ../cpp-docs
-    python data/prepare.py --source ../cpp-docs/docs --tokenizer bpe --vocab_size 2048 --out_dir data/cpp-docs
+The same with a model so small that 300 steps take 20 s of one core stands in experiments/results/laptop/, where each
+table begins with its command; experiments/LOG.md says what to make of it.
 
 Every run has its own folder under --out_dir. Finished runs are kept, interrupted ones go on, so the command can be
 repeated until it is done; stopped (Ctrl-C, SIGTERM), it has its runs save and stop. The table is of the finished runs.
@@ -60,6 +45,7 @@ import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig, build_config
+from runs import CHANGEABLE
 
 
 @dataclass
@@ -172,11 +158,11 @@ def diverged(folder):
 def check_run(folder, options):
     """ValueError for options that train.py would refuse, or a folder with another run; else the options read."""
     o, _ = parse_options(train.Options, options, train.PRESETS)
-    build_config(o)
-    saved = read_config(folder, "options")
-    for name in sorted(saved.keys() & vars(o).keys() - (train.CHANGEABLE - {"max_steps"})):
-        if saved[name] != getattr(o, name):
-            other = f"a run with {name} {saved[name]}, not {getattr(o, name)}"
+    wanted, saved = vars(o) | asdict(build_config(o)), read_config(folder, "options")
+    wanted["window"] = o.window or wanted["block_size"]
+    for name in sorted(saved.keys() & wanted.keys() - (CHANGEABLE - {"max_steps"}) - {"vocab_size"}):
+        if saved[name] != wanted[name]:
+            other = f"a run with {name} {saved[name]}, not {wanted[name]}"
             raise ValueError(f"{folder} holds {other}: give another --out_dir, or remove it")
     return o
 
@@ -256,13 +242,28 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
+def loss_spikes(losses):
+    """How many losses stand 6 standard deviations above their running mean (both exponential, over 50 steps)."""
+    count, mean, variance = 0, 0.0, 0.0
+    for seen, loss in enumerate(losses):
+        limit = mean + 6 * math.sqrt(variance)
+        if seen >= 20:
+            count += loss > limit
+            loss = min(loss, limit)  # a spike must not widen the band that the next one is measured by
+        weight = max(1 / (seen + 1), 0.02)
+        delta = loss - mean
+        mean += weight * delta
+        variance = (1 - weight) * (variance + weight * delta * delta)
+    return count
+
+
 def outcome(root, setting, seeds):
     """(a row of counts and losses, {seed: last line of its metrics}) of a setting's finished runs."""
     folders = setting.folders(root, seeds)
     ends = {seed: line for seed, folder in enumerate(folders) if (line := finished(folder))}
     lost = sum(seed not in ends and diverged(folder) for seed, folder in enumerate(folders))
     losses = {seed: line["val_loss"] for seed, line in ends.items()}
-    spikes = sum(line["loss_spikes"] for line in ends.values())
+    spikes = sum(loss_spikes(line["train_loss"] for line in read_metrics(folders[seed])) for seed in ends)
     return dict(asdict(setting), n=len(ends), diverged=lost, spikes=spikes, losses=losses), ends
 
 
@@ -670,7 +671,8 @@ def stop(signal_number, _):
 
 
 if __name__ == "__main__":
-    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(which) is not signal.SIG_IGN:  # nohup ignores one
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        which = getattr(signal, name, None)  # Windows has no SIGHUP
+        if which and signal.getsignal(which) is not signal.SIG_IGN:  # nohup ignores one
             signal.signal(which, stop)
     run_program(main)

@@ -6,6 +6,7 @@ import torch
 import attention as attention_file
 import functional
 from attention import ATTENTION, MEA, MHA, apply_rope, compose_heads, rms_norm, rope_table
+from huggingface import folded_to_mha
 from model import GPTConfig, KVCache
 
 # odd sizes on purpose: batch 3, 17 positions, heads 6 wide
@@ -117,7 +118,7 @@ def test_the_three_forms_of_mea_agree(heads, norm, bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_fold_gives_the_equal_mha(norm, bias):
     mea = make("mea", head_norm=norm, attention_bias=bias)
-    mha = mea.fold()
+    mha = folded_to_mha(mea)
     assert type(mha) is MHA
     shared = ["q_proj.weight", "o_proj.weight"] + ["head_norm.weight"] * norm
     assert_same_function(mea, mha, shared, inputs())
@@ -128,13 +129,13 @@ def test_what_does_not_fold_is_refused():
         pass
 
     with pytest.raises(ValueError, match="2 and 2 for 4"):
-        make("mea", n_kv_head=2).fold()
+        folded_to_mha(make("mea", n_kv_head=2))
     with pytest.raises(ValueError, match="Shifted does not fold"):
-        Shifted(GPTConfig(vocab_size=11, n_layer=1, n_head=H, n_embd=C)).fold()
+        folded_to_mha(Shifted(GPTConfig(vocab_size=11, n_layer=1, n_head=H, n_embd=C)))
     edited = make("mea")  # by whoever adds a parameter to MEA itself
     edited.compose_z = torch.nn.Parameter(torch.ones(H))
     with pytest.raises(ValueError, match="MEA does not fold into MHA, .*compose_z"):
-        edited.fold()
+        folded_to_mha(edited)
     assert Shifted.incompressible and MEA.incompressible is None  # nor does compress.py guess what the child does
     with pytest.raises(ValueError, match="use 'absorb'"):
         in_chunks(make("mea", n_kv_head=2, mea_form="fold"), inputs(), [T])
@@ -261,7 +262,7 @@ def test_a_diagonal_composition_is_the_full_one_that_scales_each_head(n_kv_head,
         theirs.data = mine.data * own
     assert_same_function(diagonal, full, PROJECTIONS, inputs())
     if n_kv_head == H and form == "auto":
-        assert_same(diagonal.fold()(inputs(), rope(0, T)), full(inputs(), rope(0, T)))
+        assert_same(folded_to_mha(diagonal)(inputs(), rope(0, T)), full(inputs(), rope(0, T)))
 
 
 def test_lambda_is_computed_in_float32_under_autocast():
@@ -379,7 +380,7 @@ def test_rows_of_different_lengths_share_a_cache(attention, norm, n_kv_head):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2, [[3, 1]]], ids=str)
 def test_the_kernels_entry_points_give_the_same_layer(norm, n_kv_head, monkeypatch):
-    """What a GPU runs, on the path kernels.py takes here: without a cache, prefilling, and decoding ragged rows."""
+    """What a GPU runs, on the path functional.py takes here: without a cache, prefilling, and decoding ragged rows."""
     layer, x, calls = make("mea", head_norm=norm, n_kv_head=n_kv_head), inputs(), []
     names = [name for name, _ in layer.named_parameters()]
 

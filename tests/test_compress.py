@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from attention import ATTENTION, apply_rope, rope_table
 from compress import (
     METHODS,
     Calibration,
-    Mixture,
     allocate,
     calibrate,
     choose_ranks,
@@ -31,7 +29,7 @@ from compress import (
     with_ranks,
 )
 from data.dataset import open_dataset
-from data.sampler import WindowSampler, validation_windows
+from data.sampler import validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
@@ -426,17 +424,6 @@ def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, mon
     monkeypatch.setattr(program, "probe", look)
     with pytest.raises(Looked):
         run(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'o'} --budget probe --probe_windows 3")
-
-
-def test_windows_are_spread_evenly_over_several_texts():
-    texts = [np.arange(start, start + 200, dtype=np.uint16) for start in (0, 1000, 2000)]
-    alone = [WindowSampler(text, 16, 5).batch(0, 4) for text in texts]
-    x, y = Mixture(texts, 16, 5, start=(7,)).batch(0, 9)
-    assert (x[:, 1:] // 1000 == np.arange(9)[:, None] % 3).all() and (x[:, 0] == 7).all()
-    for text, (inputs, targets) in enumerate(alone):
-        assert (x[text::3, 1:] == inputs[:3, 1:]).all() and (y[text::3] == targets[:3]).all()
-    later = Mixture(texts, 16, 5).batch(1, 3)  # the next rows, not the same again
-    assert (later[1] == y[3:6]).all()
 
 
 def strict(path):

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("lm_eval")
 
+from helpers import make, refused
 from lm_eval.api.instance import Instance
 
 from checkpoint import load_checkpoint, save_checkpoint
@@ -17,19 +18,12 @@ from experiments.evaluate import Harness, average, generation_settings, markdown
 from model import GPT, GPTConfig
 
 BLOCK = 13
-
-
-def make(seed=0):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16)).eval()
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.5)
-    return model
+SMALL = dict(vocab_size=257, block_size=BLOCK, n_head=2, n_embd=16, std=0.5)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make()
+    return make(**SMALL)
 
 
 def ask(harness, kind, arguments):
@@ -120,7 +114,7 @@ def test_the_likeliest_continuation_is_greedy_and_one_changed_token_is_not(model
 
 
 def test_weights_that_are_not_finite_are_refused():
-    model = make()
+    model = make(**SMALL)
     model.lm_head.weight.data[3, 3] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         ask(Harness(model, ByteTokenizer()), "loglikelihood", [("a", "b")])
@@ -196,23 +190,16 @@ def test_the_table_has_the_papers_layout():
 # The command line
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main([*argv])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ")
-    return line
-
-
 def test_what_is_wrong_is_said_in_one_line_before_any_work(capsys, tmp_path, monkeypatch):
     out = f"--out={tmp_path / 'new' / 'tasks.json'}"
-    assert "batch_size must be at least 1" in refused(capsys, "--batch_size", "0", out)
-    assert "limit must be at least 1" in refused(capsys, "--limit", "0", out)
-    assert "not a folder" in refused(capsys, "--include_path", str(tmp_path / "none"), out)
-    assert "name a file" in refused(capsys, f"--out={tmp_path}")
-    assert "no checkpoint at" in refused(capsys, "--checkpoints", str(tmp_path / "none"), out)
+    refuse = lambda *options: refused(capsys, evaluate.main, *options)
+    assert "batch_size must be at least 1" in refuse("--batch_size 0", out)
+    assert "limit must be at least 1" in refuse("--limit 0", out)
+    assert "not a folder" in refuse("--include_path", tmp_path / "none", out)
+    assert "name a file" in refuse(f"--out={tmp_path}")
+    assert "no checkpoint at" in refuse("--checkpoints", tmp_path / "none", out)
     monkeypatch.setattr(evaluate, "TemplateLM", object)  # as without lm-eval
-    assert "pip install lm-eval" in refused(capsys, out)
+    assert "pip install lm-eval" in refuse(out)
     assert not list(tmp_path.iterdir())
 
 
@@ -316,13 +303,13 @@ def test_a_task_that_cannot_be_loaded_is_named_in_one_line(folders, tmp_path, ca
     trained, _, tasks = map(str, folders)
     out = tmp_path / "tasks.json"
     common = ["--checkpoints", trained, "--include_path", tasks, "--out", str(out)]
-    assert "no task 'nonsense'" in refused(capsys, *common, "--tasks", "mine,nonsense")
+    assert "no task 'nonsense'" in refused(capsys, evaluate.main, *common, "--tasks mine,nonsense")
 
     def unreachable(*_, **__):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    line = refused(capsys, *common, "--tasks", "piqa")
+    line = refused(capsys, evaluate.main, *common, "--tasks piqa")
     assert "task piqa cannot be loaded" in line and "dataset_path: json" in line and not out.exists()
 
 

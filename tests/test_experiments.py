@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 
 import options
 import train
+from experiments import bench, compression, minutes, report, roofline, sweep, torture
 from huggingface import to_pretrained
-from experiments import bench, compression, minutes, report, roofline, sweep
 from model import GPT, GPTConfig
 
 
@@ -49,14 +50,23 @@ def test_the_p_value_counts_signs_by_hand():
     assert {differences: sweep.sign_flip_p(differences) for differences in counted} == counted
 
 
-def fake_run(folder, losses, steps=None, spikes=0, parameters=None, **options):
+def test_spikes_are_counted_and_noise_and_progress_are_not():
+    noise = np.random.default_rng(0).normal(0, 0.05, 2000)
+    losses = [*(3 + 4 * np.exp(-np.arange(2000) / 200) + noise)]
+    assert sweep.loss_spikes(losses) == 0
+    assert sweep.loss_spikes([*losses, 3.1, 4.5, 3.0, 5.0, 3.05]) == 2
+    late, early = [3.0] * 20 + [9.0], [3.0] * 19 + [9.0]  # among the first 20 losses there is no band yet
+    assert (sweep.loss_spikes(late), sweep.loss_spikes(early)) == (1, 0)
+
+
+def fake_run(folder, losses, steps=None, parameters=None, **options):
     """A run folder as train.py would have left it after len(losses) of `steps` steps, evaluated at the last one."""
     folder.mkdir(parents=True)
     model = dict(vocab_size=64, n_layer=1, n_head=2, n_embd=parameters or 8, attention="mha")
     options = dict(max_steps=steps or len(losses), warmup_steps=5, save_every=10, **options)
     (folder / "config.json").write_text(json.dumps(dict(options=options, model=model)))
     steps_of = dict(enumerate(map(float, losses), 1))
-    lines = [dict(step=n, tokens=100 * n, train_loss=loss, loss_spikes=spikes) for n, loss in steps_of.items()]
+    lines = [dict(step=n, tokens=100 * n, train_loss=loss) for n, loss in steps_of.items()]
     if not steps:
         lines[-1] |= dict(val_loss=float(losses[-1]), val_bpb=float(losses[-1]) / 2)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -70,11 +80,14 @@ def test_the_largest_stable_rate_near_the_lowest_loss_is_chosen(tmp_path):
     settings = [sweep.Setting("mea", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)]
     for seed in range(2):
         for setting, floor, spikes in zip(settings, (2.5, 2.0, 2.01, 1.5, 1.0), (0, 0, 0, seed, 0)):
-            fake_run(tmp_path / f"{setting.name}-seed{seed}", curve(floor), spikes=spikes)
+            losses = curve(floor)
+            losses[60 : 60 + spikes] += 20
+            fake_run(tmp_path / f"{setting.name}-seed{seed}", losses)
     (tmp_path / "mea-lr0.1-seed1" / "metrics.jsonl").unlink()  # the largest rate lost one run
     (tmp_path / "mea-lr0.1-seed1.log").write_text("loss nan at step 30: stopped before the update; no checkpoint")
     choose = lambda tolerance: sweep.choose_rates(tmp_path, settings, 2, None, tolerance)
     rows, choices, _ = choose(0.02)
+    assert [row["spikes"] for row in rows] == [0, 0, 0, 1, 0]
     assert [row["stable"] for row in rows] == [True, True, True, False, False] and rows[4]["diverged"] == 1
     assert rows[1]["extrapolated"] == pytest.approx(2 + 10**-0.5, abs=0.02)  # at ten times the tokens
     assert [choice["learning_rate"] for choice in choices] == [1e-2]
@@ -200,11 +213,17 @@ def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_each_has_saved(number,
     options += f" --device cpu --out_dir {tmp_path / 'runs'} --results {tmp_path / 'losses'}"
     command = [sys.executable, sweep.__file__, *options.split()]
     logs = [tmp_path / "runs" / f"{variant}-seed0.log" for variant in ("mha", "mea")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while process.poll() is None and not all(log.exists() and "step     1/" in log.read_text() for log in logs):
-            time.sleep(0.1)
-        process.send_signal(number)
-        assert "the same command goes on" in process.communicate(timeout=60)[0] and process.returncode == 128 + number
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # under `nohup pytest &` a child would inherit it as ignored
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, preexec_fn=heard, **pipes) as process:
+        try:
+            while process.poll() is None and not all(log.exists() and "step     1/" in log.read_text() for log in logs):
+                time.sleep(0.1)
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert "the same command goes on" in said and process.returncode == 128 + number
     assert all("stopped by SIGTERM" in log.read_text() and "saved" in log.read_text() for log in logs)
 
 
@@ -231,10 +250,8 @@ MISTAKES = """
 def test_a_mistake_is_one_line_before_any_run(mistake, tmp_path, capsys, monkeypatch):
     options, message = mistake.split(" => ")
     monkeypatch.setattr(sweep, "run_all", lambda *_: pytest.fail("started"))
-    with pytest.raises(SystemExit) as end:
-        sweep.main(["--out_dir", str(tmp_path / "o"), "--results", str(tmp_path / "r"), *options.split()])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1 and not [*tmp_path.iterdir()]
+    assert message in refused(capsys, sweep.main, "--out_dir", tmp_path / "o", "--results", tmp_path / "r", options)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data, capsys):
@@ -257,9 +274,8 @@ def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data,
     pictures = {name for name in names if name.endswith(".png")}
     assert {f"{name}.json" for name in drawn} <= names
     assert not pictures or pictures == {f"{name}.png" for name in drawn}  # where matplotlib is installed
-    with pytest.raises(SystemExit) as end:  # another run under the same name is not taken for this one
-        sweep.main([*options, "--batch_size", "3"])
-    assert end.value.code == 2 and "holds a run with batch_size 8, not 3" in capsys.readouterr().err
+    said = refused(capsys, sweep.main, *options, "--batch_size 3")  # another run under the same name is not this one
+    assert "holds a run with batch_size 8, not 3" in said
 
 
 def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_heads(tmp_path, monkeypatch):
@@ -359,19 +375,33 @@ def test_a_path_that_cannot_run_here_is_left_out_and_said(capsys):
     assert capsys.readouterr().out == "  refused: no such backend\n"
 
 
-@pytest.mark.parametrize(
-    ("given", "target"), [("--kernels", "sm_90"), ("--aot sm_80", "sm_80"), ("--kernels --aot sm_80", "sm_80")]
-)
-def test_without_a_gpu_the_kernels_are_shown_compiled(given, target, monkeypatch):
-    called, knobs = {}, types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))
-    monkeypatch.setattr(bench.kernels, "triton", types.SimpleNamespace(knobs=knobs))
-    monkeypatch.setattr(bench, "choose_device", lambda: torch.device("cpu"))
-    for name in ("print_rooflines", "print_loop_counts", "print_timings"):
-        note = lambda *arguments, name=name, **_: called.update({name: arguments})
-        monkeypatch.setattr(roofline, name, note)
-    bench.main(given.split())
-    assert called["print_loop_counts"] == ([target],)
-    assert ("print_timings" in called) == ("print_rooflines" in called) == ("--kernels" in given)
+def test_paper_and_measurement_are_shown_or_for_named_gpus_the_compiled_kernels(monkeypatch):
+    called = {}
+    for name in ("print_rooflines", "print_compiled", "print_timings"):
+        monkeypatch.setattr(roofline, name, lambda *given, name=name, **_: called.update({name: given}))
+    runtime = types.SimpleNamespace(interpret=False)
+    monkeypatch.setattr(roofline, "triton", types.SimpleNamespace(knobs=types.SimpleNamespace(runtime=runtime)))
+    roofline.main([])
+    assert called.keys() == {"print_rooflines", "print_timings"}
+    called.clear()
+    roofline.main(["--targets", "sm_80,gfx942"])
+    assert called == {"print_compiled": (["sm_80", "gfx942"],)}
+
+
+WRONG = [
+    (roofline, "--targets sm_80,h100", "unknown target h100: known are sm_80, "),
+    (bench, "--decoding --nanogpt .", "--nanogpt is measured by --training"),
+    (bench, "--training --nanogpt .", "needs a checkout with a model.py"),
+    (minutes, "--nanogpt nowhere", "nowhere is no checkout of nanoGPT: it has no train.py"),
+    (torture, "--faults kills,rain", "no fault rain: choose from kills, "),
+    (torture, "--steps 40 --kills 30", "steps must be at least twice as many as kills"),
+]
+
+
+@pytest.mark.parametrize("program, options, message", WRONG, ids=[case[1] for case in WRONG])
+def test_a_mistake_is_one_line_before_anything_is_measured(program, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, program.main, options)
 
 
 def test_nanogpts_shape_has_the_parameters_it_should():

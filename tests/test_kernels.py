@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 import functional
 import kernels
 from attention import compose_heads
-from experiments import aot
+from experiments import roofline
 from functional import absorbed_attention, causal_attention, linear_cross_entropy, mea_attention, mea_decode
 
 ROOT = Path(__file__).parent.parent
@@ -71,20 +72,20 @@ def exact_bf16(monkeypatch):
 
     builtin = {name: getattr(InterpreterBuilder, name) for name in ("create_dot", "cast_impl", "create_fp_to_fp")}
 
-    def widen(handle):
+    def upcast(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def dot(self, a, b, d, *arguments):
-        return builtin["create_dot"](self, widen(a), widen(b), d, *arguments)
+        return builtin["create_dot"](self, upcast(a), upcast(b), d, *arguments)
 
     def convert(name):
         def cast(self, source, target, *arguments):
             if target.scalar == tl.bfloat16:
                 rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
                 return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
-            return builtin[name](self, widen(source), target, *arguments)
+            return builtin[name](self, upcast(source), target, *arguments)
 
         return cast
 
@@ -214,7 +215,7 @@ def gradients(inputs, path, **settings):
 def weights(request, monkeypatch):
     """Both forms of the backward pass, with blocks so small that there are several of them, and heads in parts."""
     monkeypatch.setattr(functional, "KEPT", 512 if request.param == "kept" else 0)
-    monkeypatch.setattr(functional, "TILE", 2**14)
+    monkeypatch.setattr(functional, "SCORES_PER_CALL", 2**14)
     return request.param
 
 
@@ -271,7 +272,7 @@ def test_absorbed_attention_is_attention_with_composed_heads(positions):
 def test_one_tensor_may_be_query_key_and_value_and_a_backward_may_run_twice(weights, monkeypatch):
     x = attention_problem(1, 70, 70, 2, 2, 4, 4)[0]
     loss, exact = (causal_attention(x, x, x, path=path).square().sum() for path in ("blocks", "reference"))
-    monkeypatch.setattr(functional, "TILE", 1)  # the number of threads may change before the backward pass
+    monkeypatch.setattr(functional, "SCORES_PER_CALL", 1)  # the number of threads may change before the backward pass
     for _ in range(2):
         assert_close(torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(exact, x, retain_graph=True))
 
@@ -377,7 +378,7 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
 
 @pytest.mark.parametrize("N, C, V", [(1, 3, 2), (37, 5, 11), (600, 8, 2000)])
 def test_the_loss_in_pieces_and_its_gradients_equal_cross_entropy(N, C, V, monkeypatch):
-    monkeypatch.setattr(functional, "TILE", 16 * V)  # pieces of 16 rows
+    monkeypatch.setattr(functional, "SCORES_PER_CALL", 16 * V)  # pieces of 16 rows
     torch.manual_seed(0)
     x, weight, targets = torch.randn(N, C).double(), torch.randn(V, C).double(), torch.randint(V, (N,))
     x[0] *= 1e3  # logits of thousands
@@ -394,7 +395,7 @@ def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
     torch.manual_seed(0)
     x, weight = torch.randn(3000, 32, requires_grad=True), torch.randn(700, 32, requires_grad=True)
     targets = torch.randint(700, (3000,))
-    plain = lambda x, weight, targets: F.cross_entropy(functional.widen(x @ weight.T), targets)
+    plain = lambda x, weight, targets: F.cross_entropy(functional.upcast(x @ weight.T), targets)
     gradients = lambda loss, dtype: torch.autograd.grad(loss(x.to(dtype), weight.to(dtype), targets), (x, weight))
     ours, theirs = gradients(linear_cross_entropy, torch.bfloat16), gradients(plain, torch.bfloat16)
     for got, other, exact in zip(ours, theirs, gradients(plain, torch.float64)):
@@ -408,7 +409,7 @@ def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
 def test_auto_takes_blocks_where_they_are_faster(monkeypatch):
     taken = []
     monkeypatch.setattr(functional, "block_attention", lambda *_: taken.append("blocks"))
-    monkeypatch.setattr(functional, "fused_attention", lambda *_: taken.append("sdpa"))
+    monkeypatch.setattr(functional, "sdpa_attention", lambda *_: taken.append("sdpa"))
 
     def path(T, dtype, B=16, grad=True, positions=None, S=None):
         q = torch.empty(B, 8, T, 16, dtype=dtype, requires_grad=grad)
@@ -434,11 +435,13 @@ def fresh_choice(caplog, monkeypatch):
 
 
 def choose(path="auto", device=DEVICE, obstacle=None):
-    return functional.choose_path("f", path, torch.device(device), torch.float32, 16, obstacle)
+    heads = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=(1, 2, 8, 16))
+    heads.size = heads.shape.__getitem__
+    return functional.choose_path("f", path, heads, heads, gradient=False, obstacle=obstacle)
 
 
 def test_auto_is_what_set_kernel_says(fresh_choice):
-    assert choose() == "auto"
+    assert choose() == "sdpa"
     for name in IN_TORCH:
         functional.set_kernel(name)
         assert choose() == name and choose("reference") == "reference"
@@ -450,7 +453,7 @@ def test_auto_is_what_set_kernel_says(fresh_choice):
 def test_triton_falls_back_aloud_and_once(fresh_choice, monkeypatch):
     functional.set_kernel("triton")
     assert choose() == "triton"
-    assert [choose(obstacle="too wide") for _ in range(3)] == ["auto"] * 3
+    assert [choose(obstacle="too wide") for _ in range(3)] == ["sdpa"] * 3
     assert fresh_choice() == ["f takes torch's attention, not triton: too wide"]
     x = torch.randn(1, 2, 5, 16, device=DEVICE, dtype=torch.float64)
     mea_attention(x, x, x)
@@ -461,7 +464,7 @@ def test_triton_falls_back_aloud_and_once(fresh_choice, monkeypatch):
 
 
 def test_the_log_says_once_that_the_kernels_are_untimed(fresh_choice):
-    assert [choose(device="cuda") for _ in range(2)] == ["auto"] * 2
+    assert [choose(device="cuda") for _ in range(2)] == ["sdpa"] * 2
     assert ["have not been timed on a GPU" in message for message in fresh_choice()] == [True]
 
 
@@ -520,11 +523,13 @@ def test_importing_never_needs_triton():
 def test_the_operators_pass_opcheck(norm):
     torch.use_deterministic_algorithms(False)  # opcheck compares the contents of empty tensors
     q, k, v, _, _, gain = random_problem(1, 20, 16, 2, 2, 2, norm, composed=False)
-    out, pre_norm, log_sum_exp = kernels.flash(q, k, v, gain, 1e-6, True)
-    torch.library.opcheck(kernels.flash_grad, (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6))
-    torch.library.opcheck(kernels.decode, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
+    out, pre_norm, log_sum_exp = kernels.attention_op(q, k, v, gain, 1e-6, True)
+    torch.library.opcheck(
+        kernels.attention_backward_op, (out, q, k, v, gain, pre_norm if norm else out, log_sum_exp, 1e-6)
+    )
+    torch.library.opcheck(kernels.decode_op, (q[:, :, :1], k, v, None, None, gain, None, 1e-6))
     inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, gain)]
-    torch.library.opcheck(kernels.flash, (*inputs, 1e-6, True))
+    torch.library.opcheck(kernels.attention_op, (*inputs, 1e-6, True))
 
 
 @needs_triton
@@ -555,9 +560,9 @@ def run_without_interpreter(*command):
 
 COMPILE = """
 import json, sys
-from experiments import aot
-for launched in aot.record_launches(aot.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
-    row = aot.compile_ahead(sys.argv[1], *launched)
+from experiments import roofline
+for launched in roofline.record_launches(roofline.TARGETS[sys.argv[1]][3] * 1024, D=int(sys.argv[2])):
+    row = roofline.compile_ahead(sys.argv[1], *launched)
     row["wgmma"] = row.pop("asm").count("wgmma.mma_async")
     print(json.dumps(row))
 """
@@ -573,7 +578,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
     assert set(rows) == {"forward", "backward_prepare", "backward_dkdv", "backward_dq", "decode", "combine"}
     for name, row in rows.items():
         assert row["spill_bytes"] <= (8 if (target, D) == ("sm_100", 16) else 0), (name, row)
-        assert row["shared_bytes"] <= aot.TARGETS[target][3] * 1024, (name, row)
+        assert row["shared_bytes"] <= roofline.TARGETS[target][3] * 1024, (name, row)
         if name in ("forward", "backward_dkdv", "backward_dq", "decode"):
             assert row["matrix"] > 0, (name, row)
             assert row["async_copies"] > 0 or target == "gfx942", (name, row)
@@ -585,9 +590,9 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(target, D):
 @pytest.mark.slow
 def test_the_compiled_loops_move_the_bytes_and_do_the_work_of_the_cost_model():
     """The decode kernel's loop copies each key block of the compressed cache exactly once, for all heads together."""
-    printed = run_without_interpreter("experiments/bench.py", "--aot", "sm_80,sm_90")
-    rows = [line.strip("| ").split(" | ")[2:] for line in printed if line.startswith("| sm_")]
-    assert len(rows) == 2 * 2 * 4
+    printed = run_without_interpreter("experiments/roofline.py", "--targets", "sm_80,sm_90")
+    rows = [line.strip("| ").split(" | ")[2:] for line in printed if line.startswith("| sm_")][-16:]
+    assert len(rows[0]) == 5
     for kernel, *numbers in rows:
         model_bytes, compiled_bytes, model_flops, compiled_flops = map(float, numbers)
         assert compiled_flops == model_flops, kernel

@@ -13,6 +13,7 @@ import torch
 from test_train import ROOT, arguments, metrics, refused
 
 import options
+import runs
 import sample
 import train
 from attention import ATTENTION
@@ -136,17 +137,18 @@ def test_two_processes_stop_with_one_message(tmp_path, data, how, message):
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, capsys, monkeypatch):
     alone("--data_dir", data, "--grad_accum", 4, "--max_steps", 1, "--out_dir", tmp_path / "r")
     capsys.readouterr()
-    monkeypatch.setattr(train, "join_processes", lambda: monkeypatch.setattr(train, "ranks", lambda: (0, 3)))
-    monkeypatch.setattr(train, "gather", lambda number: [number] * 3)
+    as_one_of = lambda n: [monkeypatch.setattr(module, "ranks", lambda: (0, n)) for module in (train, runs)]
+    monkeypatch.setattr(train, "join_processes", lambda: as_one_of(3))
+    monkeypatch.setattr(train, "barrier", lambda: None)
     message = refused(capsys, train.main, "--resume --out_dir", tmp_path / "r")
     assert "4 micro-batches, which 3 processes cannot share equally" in message
-    monkeypatch.setattr(train, "join_processes", lambda: monkeypatch.setattr(train, "ranks", lambda: (0, 2)))
+    monkeypatch.setattr(train, "join_processes", lambda: as_one_of(2))
     message = refused(capsys, train.main, "--resume --grad_accum 4 --out_dir", tmp_path / "r")
     assert "this run has grad_accum 2, not 4" in message
 
 
 def test_each_process_takes_the_gpu_of_its_rank(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert options.choose_device("cpu").type == "cpu"
     if torch.cuda.device_count() < 2:

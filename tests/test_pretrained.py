@@ -394,7 +394,7 @@ def test_training_starts_from_a_folder(with_tokenizer, tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "generate", lambda model, given, *_, **__: prompts.extend(given) or [[]])
         sample.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "w1 w2", "--device", "cpu"])
-    assert prompts == [[4, 5]]  # documents began without <s> in training
+    assert prompts == [[0, 4, 5]]  # windows began with <s> in training, as the model was made
     capsys.readouterr()
     for name in ("words", "bytes"):  # other words under the same ids; more tokens than the model has
         with pytest.raises(SystemExit):

@@ -1,0 +1,35 @@
+"""What several test files share: words of a command line, the one line of a refusal, a model whose parameters all
+matter.
+"""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+
+SHAPE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
+
+
+def arguments(*options):
+    """The words of a command line; an option may be given as text with its value, a path or a number."""
+    return " ".join(map(str, options)).split()
+
+
+def refused(capsys, main, *options):
+    """The one line that a program ends with, exit code 2, when it has said and done nothing else."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(*options))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
+    return said.err
+
+
+def make(seed=0, std=0.2, **fields):
+    """A model with every parameter random, so that compositions, mixes, gains and biases all matter."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SHAPE, **fields})).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=std)
+    return model
