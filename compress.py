@@ -54,6 +54,8 @@ class Method:
     refits: bool = False  # W^O
 
 
+TINY = 1e-30  # a layer may have been pruned away: what is divided by is not 0
+
 METHODS = {
     "svd": Method("none", sees_data=False),
     "calibrated": Method("none"),
@@ -138,17 +140,18 @@ def error_metric(attn, kind, weight, reader, moment, queries, rotates):
         size = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(n, D).sum(1)
     if rotates:
         eye = torch.eye(D, dtype=weight.dtype)
-        return size.clamp_min(1e-30).rsqrt()[:, None, None] * eye if normed else None
+        return size.clamp_min(TINY).rsqrt()[:, None, None] * eye if normed else None
     if kind == "k":
         if queries is None:
             return None
-        return torch.diag_embed((queries / queries.mean()).clamp_min(1e-6).sqrt().repeat(1, 2))
+        return torch.diag_embed((queries / queries.mean().clamp_min(TINY)).clamp_min(1e-6).sqrt().repeat(1, 2))
     o = attn.o_proj.weight.double().unflatten(1, (attn.n_head, D))  # (C, H, D)
     if normed:
         o = o * attn.head_norm.weight
     gram = torch.zeros(n, D, D, dtype=o.dtype).index_add(0, reader, torch.einsum("cha,chb->hab", o, o))
-    values, vectors = torch.linalg.eigh(gram / size.clamp_min(1e-30)[:, None, None])
+    values, vectors = torch.linalg.eigh(gram / size.clamp_min(TINY)[:, None, None])
     values = values.clamp_min(1e-6 * values.mean())  # what W^O ignores now it may read after it is refitted
+    values = values.clamp_min(TINY)
     return (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
 
 
@@ -181,7 +184,7 @@ def refit_output(new, calibration, ridge=0.03):
             lost = (output - new(x, calibration.rope)).flatten(0, 1).float()  # (B*T, C)
         gram, product = gram + (heads[0].T @ heads[0]).double(), product + (lost.T @ heads[0]).double()
     hook.remove()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    gram.diagonal().add_((ridge * gram.diagonal().mean()).clamp_min(TINY))
     new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
 
 
@@ -215,13 +218,14 @@ def compress_layer(attn, config, layer, method, calibration=None):
     with one_thread():
         for kind, rank in zip("kv", config.kv_heads(layer)):
             if f"{kind}_proj.weight" in kept and not is_latent(method):
+                getattr(new, f"compose_{kind}").copy_(composition(attn, kind))
                 continue
             weight, reader = effective_heads(attn, kind)
             moment = None
             if moments is not None:
                 moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
                 plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
-                moment = moment + 1e-4 * moment.trace() / plain.trace() * plain
+                moment = moment + 1e-4 * moment.trace() / plain.trace().clamp_min(TINY) * plain
             normed, form = kind == "v" and isinstance(attn.head_norm, HeadNorm), how.form
             if form == "any" and (normed or moments is None):  # without data, wider maps only fit the weights better
                 form = "rotations"
@@ -352,6 +356,20 @@ def with_ranks(config, ranks, method="aligned"):
     return replace(config, attention="latent", **shape)
 
 
+def check_method(model, method):
+    """Raise ValueError, in one line, for a model that `method` would turn into one that computes something else."""
+    if why := ATTENTION[model.config.attention].incompressible:
+        raise ValueError(f"this is a {model.config.attention} model, which cannot be compressed: {why}")
+    if is_latent(method) and model.config.qk_norm:
+        for layer, block in enumerate(model.layers):
+            w = composition(block.self_attn, "k")
+            if not torch.equal(w, (w == w.amax(0)).to(w)):  # one 1 in each column
+                mixed = f"QK-norm stands before the composition of keys of layer {layer}, which is not one-hot"
+                raise ValueError(
+                    f"{mixed}: {method} rebuilds keys before a QK-norm; aligned leaves such keys as they are"
+                )
+
+
 def rope_of(model, length):
     return model.rope_cos[:length], model.rope_sin[:length]
 
@@ -383,6 +401,7 @@ def compress(model, ranks, method="aligned", calibration=None):
     `calibration` has what each layer sees (see `calibrate`), of the original model; without it weights stand in for the
     data. Returns one {"k": error, "v": error} per layer.
     """
+    check_method(model, method)
     config, errors = with_ranks(model.config, ranks, method), []
     bar = progress(f"compressing, {method}", len(model.layers), " layers")
     for layer, (block, seen) in enumerate(zip(model.layers, calibration or [None] * len(model.layers))):
@@ -431,7 +450,8 @@ def probe(model, method, tokens, windows, chunk=4, dtype=torch.float32):
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
                 smaller = with_ranks(config, ranks, method)
                 block.self_attn, _ = compress_layer(original, smaller, layer, method, seen)
-                costs[layer, kind][rank - 1] = loss(layer) - base
+                more = loss(layer) - base
+                costs[layer, kind][rank - 1] = more if math.isfinite(more) else math.inf
             listed = " ".join(f"{cost:+.4f}" for cost in costs[layer, kind])
             say(f"probe: layer {layer:>2}, 1 .. {n} {'keys' if kind == 'k' else 'values'}: {listed}")
         block.self_attn = original
@@ -506,8 +526,7 @@ def open_job(o, given):
     device = choose_device(o.device)
     model, state = load_checkpoint(o.checkpoint, "cpu" if device.type == "mps" else device)  # mps has no float64
     config = model.config
-    if why := ATTENTION[config.attention].incompressible:
-        raise ValueError(f"{o.checkpoint} is a {config.attention} model, which cannot be compressed: {why}")
+    check_method(model, o.method)
     with_ranks(config, choose_ranks(config, o.kv_ratio, o.budget, method=o.method), o.method)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
@@ -533,9 +552,13 @@ def open_job(o, given):
 
 
 def measure(o, model, windows, dtype):
-    """{folder: loss} of the validation windows of each data set."""
-    device = model.lm_head.weight.device
-    return {folder: evaluate(model, part, o.batch_size, device, dtype) for folder, part in windows.items()}
+    """{folder: loss} of the validation windows of each data set. Raises ValueError if one is not finite."""
+    device, losses = model.lm_head.weight.device, {}
+    for folder, part in windows.items():
+        losses[folder] = loss = evaluate(model, part, o.batch_size, device, dtype)
+        if not math.isfinite(loss):
+            raise ValueError(f"the {model.config.attention} model's loss on {folder} is {loss}: nothing was written")
+    return losses
 
 
 def compress_and_measure(o, model, texts, start):
@@ -558,7 +581,8 @@ def compress_and_measure(o, model, texts, start):
     if o.budget == "probe":
         few = tuple(part[o.calibration_windows :] for part in seen)  # neither calibrated nor reported on
         costs = probe(model, o.method, tokens, few, dtype=dtype)
-        report["probe"] = {kind: [costs[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
+        finite = {item: [None if math.isinf(cost) else cost for cost in each] for item, each in costs.items()}
+        report["probe"] = {kind: [finite[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
     ranks = choose_ranks(config, o.kv_ratio, o.budget, costs, o.method)
     errors = compress(model, ranks, o.method, calibrate(model, tokens, dtype=dtype))
     after, bytes_after = measure(o, model, windows, dtype), model.config.kv_bytes_per_token()
@@ -584,7 +608,7 @@ def publish(o, model, state, dataset, start, report):
         dataset.tokenizer.save(folder)
         config = dict(format=FORMAT, model=asdict(model.config))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_atomically(folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def print_report(report):

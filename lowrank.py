@@ -224,7 +224,7 @@ def latent_maps(weight, width, kind="v", moment=None, metric=None):
     up = torch.zeros(n, g, b, numbers, dtype=down.dtype)
     columns = torch.linalg.solve(S, directions.unflatten(1, (n, b)).transpose(0, 1))  # (n, g, b, n*b)
     up[:, block, :, torch.arange(len(block))] = columns[:, block, :, place]
-    error = (1 - kept.values.sum() / energies.sum().clamp_min(1e-300)).clamp_min(0).item()
+    error = (1 - kept.values.sum() / energies.sum()).clamp_min(0).nan_to_num(0.0).item()  # heads of 0 lose nothing
     if kind == "v":
         return down, up.flatten(0, 2), error, None
     return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]).flatten(0, 1), error, F.pad(block, (0, spare))

@@ -87,7 +87,9 @@ def check_options(options):
         if type(value) in (int, float) and (right or float in kinds):
             bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.get("bounds", {}).items()]
             wanted = " and ".join(f"{words} {limit}" for words, _, limit in bounds) or "a finite number"
-            right = -(2**63) <= value < 2**63 and all(holds(value, limit) for _, holds, limit in bounds)
+            right = all(holds(value, limit) for _, holds, limit in bounds)
+            if right and not -(2**63) <= value < 2**63:  # what torch takes for a number
+                wanted, right = "below 2**63 in size" if abs(value) < float("inf") else "a finite number", False
         elif choices and value is not None:
             wanted, right = f"one of {', '.join(choices)}", value in choices
         if not right:
@@ -174,9 +176,8 @@ class PlainProgress:
         self.done += amount
         if self.said + self.SECONDS < time.monotonic():
             self.said = time.monotonic()
-            print(
-                f"{self.what}: {self.done / self.total:.0%}" if self.total else self.what, file=sys.stderr, flush=True
-            )
+            share = f": {self.done / self.total:.0%}" if self.total else ""
+            print(f"{self.what}{share}", file=sys.stderr, flush=True)
 
     def close(self):
         pass

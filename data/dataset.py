@@ -57,9 +57,9 @@ class Dataset:
 
 
 class Shards:
-    """Several arrays of tokens as one: `len`, and slices of step 1, which read no more than what they span.
+    """Several arrays of tokens as one: `len`, and slices of step 1, copies that read no more than what they span.
 
-    `counts` are the tokens of each, `load(i)` gives the i-th array: the last MAPPED_SHARDS that were needed are kept.
+    `counts` are the tokens of each, `load(i)` gives the i-th array; the last MAPPED_SHARDS that were needed are kept.
     """
 
     def __init__(self, counts: list[int], dtype: np.dtype, load: Callable[[int], np.ndarray]):
@@ -75,12 +75,14 @@ class Shards:
 
     def __getitem__(self, index: slice):
         start, stop, _ = index.indices(len(self))
-        pieces, i = [], int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop:
-            begin, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-            pieces.append(self.load(i)[start - begin : stop - begin])
-            start, i = end, i + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, self.dtype)])
+        tokens, i = np.empty(max(0, stop - start), self.dtype), int(np.searchsorted(self.ends, start, side="right"))
+        filled = 0
+        while filled < len(tokens):
+            begin = start + filled - (int(self.ends[i - 1]) if i else 0)
+            piece = self.load(i)[begin : begin + len(tokens) - filled]
+            tokens[filled : filled + len(piece)] = piece
+            filled, i = filled + len(piece), i + 1
+        return tokens
 
 
 def open_dataset(folder, verify: bool | None = None) -> Dataset:
@@ -115,6 +117,7 @@ def is_sound(meta: dict) -> bool:
         counts += [count for entry in entries for count in entry.get("shards", [])]
         return (
             (meta["format"], meta["dtype"]) in [(1, dtype) for dtype in DTYPES]
+            and isinstance(meta["notes"], list)
             and all(isinstance(text, str) for text in texts)
             and all(type(count) is int and 0 < count < 2**63 for count in counts)
             and all(sum(entry.get("shards", [entry["tokens"]])) == entry["tokens"] for entry in entries)

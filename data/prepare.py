@@ -6,9 +6,9 @@
     python data/prepare.py --source fineweb10B/                token files of nanoGPT, llm.c or modded-nanogpt, in place
     python data/prepare.py --info data/python                  what a folder holds; verifies its hashes
 
-A file given by name may have any suffix if it is text, in UTF-8 or with a byte order mark. A .jsonl file has a "text" in
-each line, a .parquet file in each row. In a .txt file the spelling <|endoftext|> divides documents. In a folder, files
-named train.* and val.*, valid*.* or test.* are the splits. The summary says what was skipped or replaced.
+A file given by name may have any suffix if it is text, in UTF-8 or with a byte order mark. A .jsonl file has a "text"
+in each line, a .parquet file in each row. In a .txt file the spelling <|endoftext|> divides documents. In a folder,
+files named train.* and val.*, valid*.* or test.* are the splits. The summary says what was skipped or replaced.
 
 --tokenizer is bpe (trained on the text, --vocab_size tokens with end-of-text), byte, gpt2 or another name of tiktoken,
 hf:FOLDER or hf:OWNER/NAME (a Hugging Face tokenizer.json, here or on the hub), or the folder of a run or of a data set,
@@ -92,7 +92,7 @@ def prepare(**options) -> Dataset:
     out_dir = Path(o.out_dir or DATA / name).resolve()
     check_free(out_dir, o.overwrite)
 
-    new = new_folder(out_dir)
+    new = folder_beside(out_dir)
     try:
         meta = dict(format=1, source=name, python=sys.version.split()[0], val_fraction=o.val_fraction, seed=o.seed)
         if token_files:
@@ -125,7 +125,7 @@ def prepare(**options) -> Dataset:
     return dataset
 
 
-def new_folder(out_dir: Path) -> Path:
+def folder_beside(out_dir: Path) -> Path:
     """An empty folder beside `out_dir` for this program alone; removes those of programs here that were killed."""
     begin = f".{out_dir.name}.{platform.node()}-"
     for left in out_dir.parent.glob(f"{glob.escape(begin)}*"):

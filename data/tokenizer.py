@@ -5,7 +5,7 @@ Four kinds behind one small interface (`Tokenizer`), each saved as one self-cont
     byte        the 256 bytes of UTF-8, nothing to learn
     bpe         byte-pair encoding of bytes, trained here (`train_bpe`), run by tiktoken
     gpt2, ...   tiktoken's own vocabularies, from its cache folder (TIKTOKEN_CACHE_DIR) or the network
-    hf:FOLDER   the tokenizer.json of a Hugging Face folder, or of OWNER/NAME on the hub, run by the `tokenizers` package
+    hf:FOLDER   the tokenizer.json of a Hugging Face folder, or of OWNER/NAME on the hub, run by `tokenizers`
 
 A run's folder, or any other that holds a tokenizer.json of these kinds, names that tokenizer as well.
 
@@ -40,6 +40,13 @@ END_OF_TEXT = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}(?!\S)|\s{1,32}"
 
 
+# GPT-2's letters for bytes: the byte itself where it is printable in latin-1, else a character from 256 on
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+ALPHABET = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))
+}
+
+
 class Tokenizer:
     """What every kind offers. Subclasses give the first four fields, `_encode`, `_spelling` and `_state`."""
 
@@ -48,6 +55,7 @@ class Tokenizer:
     end_of_text: int
     end_tokens: set[int]  # all that end a text when a model writes it: a pretrained model may have several
     start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
+    byte_level = True  # a token spells the same bytes wherever it stands
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -118,7 +126,7 @@ class BPETokenizer(TiktokenTokenizer):
     def to_hugging_face(self):
         import tokenizers
 
-        letter = {byte: c for c, byte in byte_level_alphabet().items()}
+        letter = {byte: c for c, byte in ALPHABET.items()}
         spell = lambda token: "".join(letter[byte] for byte in token)
         vocabulary = {spell([byte]): byte for byte in range(256)}
         vocabulary |= {spell(token): 256 + i for i, token in enumerate(self.merged)}
@@ -171,7 +179,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_of_text, self.end_tokens = end_of_text, {end_of_text, *more_ends}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
-        self.byte_of = byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
+        self.byte_level = '"ByteLevel"' in json.dumps(content.get("decoder"))
         whole = self.tokenizer.encode("a")  # as its own model reads a text
         self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
 
@@ -201,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode_bytes(self, tokens):
-        if self.byte_of:
+        if self.byte_level:
             return super().decode_bytes(tokens)
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False).encode()
 
@@ -211,7 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if token in self.added:
             return self.added[token].encode()
         letters = self.tokenizer.id_to_token(token) or ""
-        return b"".join(bytes([self.byte_of[c]]) if c in self.byte_of else c.encode() for c in letters)
+        return b"".join(bytes([ALPHABET[c]]) if c in ALPHABET else c.encode() for c in letters)
 
     def _state(self):
         state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
@@ -237,7 +245,7 @@ def get_tokenizer(spec: str) -> Tokenizer:
         except Exception as error:  # its errors and those of its HTTP library have no common class
             how = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
             raise OSError(f"tokenizer {spec}: tiktoken could not load its files ({error}); {how}") from None
-    path = Path(spec.removeprefix("hf:")).expanduser()
+    path = Path(spec.removeprefix("hf:"))
     if path.exists() or spec.startswith("hf:") and not is_hub_name(spec.removeprefix("hf:")):
         return load_tokenizer(path)
     if spec.startswith("hf:"):
@@ -252,8 +260,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """The local folder with the tokenizer of OWNER/NAME on the hub. ValueError without the package, OSError if it cannot
-    be had."""
+    """The local folder with the tokenizer of OWNER/NAME on the hub. Raises ValueError without the package, OSError if
+    it cannot be had."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -288,7 +296,7 @@ def load_tokenizer(path, name: str | None = None) -> Tokenizer:
             case "hf":
                 ends = state["end_of_text"], state.get("more_ends", ())
                 return HuggingFaceTokenizer(state["name"], state["tokenizer"], *ends)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     raise ValueError(f"{path} is not a tokenizer file of this program")
 
@@ -357,13 +365,6 @@ def merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
             merged.append(sequence[i])
             i += 1
     return merged
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's stand-ins for bytes: the byte itself where it is printable in latin-1, else a character from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def encoding_of(head: bytes) -> str:

@@ -252,9 +252,9 @@ def questions(o):
 def compress(o):
     """Half the cache of a checkpoint, then healed: trained towards the original's predictions."""
     windows = "--calibration_windows 4 --eval_windows 4" if o.rehearse else "--calibration_windows 256"
-    heal = "--learning_rate 3e-4 --final_rate 0 --weight_decay 0 --window 512 --max_steps 600 --warmup_steps 60"
-    if o.rehearse:
-        heal = "--learning_rate 3e-4 --window 32 --max_steps 2 --warmup_steps 1 --eval_windows 4"
+    steps = 2 if o.rehearse else 600
+    heal = f"--max_steps {steps} --eval_every {steps} --warmup_steps {steps // 10} --learning_rate 2e-4 --final_rate 0"
+    heal += " --weight_decay 0"
     data = ["--data_dir", o.data_dir, "--overwrite", "--out_dir"]
     for method in ("aligned", "latent"):
         half, healed = OUT / f"half-{method}", OUT / f"half-{method}-healed"

@@ -4,6 +4,7 @@ refused.
 
 import itertools
 import json
+import math
 import shlex
 
 import pytest
@@ -199,6 +200,43 @@ def test_layers_that_keep_their_heads_do_not_change(source):
     assert change(model, [full, (1, full[1])], "aligned", x)[1][0] == {"k": 0.0, "v": 0.0}
 
 
+@pytest.mark.parametrize("dead", ["q_proj", "k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("source", ["mha", "gqa", "mea"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_was_pruned_away_loses_nothing(method, source, dead):
+    """Without scores any keys do; without values, or with nothing that reads them, any values as well."""
+    model = make(**SOURCES[source])
+    full = n_k, n_v = model.config.kv_heads(1)
+    with torch.no_grad():
+        getattr(model.layers[1].self_attn, dead).weight.zero_()
+    before, x = model(tokens(2, 24))[0], tokens(2, 24)
+    ranks = [full, (n_k // 2, n_v if dead in ("q_proj", "k_proj") else n_v // 2)]
+    errors = compress(model, ranks, method, calibrate(model, tokens(6, 24, seed=3)))
+    torch.testing.assert_close(model(x)[0], before, rtol=1e-4, atol=1e-4)
+    kind = dead[0]
+    assert all(0 <= error[k] < 1 for error in errors for k in "kv") and (kind not in "kv" or errors[1][kind] == 0)
+
+
+def test_a_diagonal_composition_of_a_layer_that_keeps_its_heads_stays():
+    model, x = make(attention="mea", compose="diagonal"), tokens(2, 24)
+    assert change(model, [(4, 4)] * 2, "aligned", x)[0] < 1e-6
+    model = make(attention="mea", compose="diagonal")
+    numbers = model.layers[0].self_attn.compose_k.detach().clone()
+    compress(model, [(4, 2), (2, 2)], "svd")
+    torch.testing.assert_close(model.layers[0].self_attn.compose_k.data, torch.diag(numbers))
+
+
+@pytest.mark.parametrize("method", ["whitened", "latent"])
+def test_keys_composed_behind_a_qk_norm_are_no_latents(method):
+    fields = dict(attention="mea", qk_norm=True)
+    with pytest.raises(ValueError, match="layer 0, which is not one-hot"):
+        change(make(**fields), [(4, 4)] * 2, method, tokens(2, 24))
+    model = make(**fields)
+    for block in model.layers:  # as it starts, every component is one head's
+        block.self_attn.compose_k.data = torch.eye(4)
+    assert change(model, [(4, 4)] * 2, method, tokens(2, 24))[0] < 1e-5
+
+
 def test_keys_behind_a_qk_norm_stay_and_values_are_compressed():
     fields = QK_NORM
     assert uniform_ranks(GPTConfig(**BASE, **fields), 0.75) == [(4, 2)] * 2
@@ -386,6 +424,40 @@ def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, mon
     monkeypatch.setattr(program, "probe", look)
     with pytest.raises(Looked):
         run(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'o'} --budget probe --probe_windows 3")
+
+
+def strict(path):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_a_report_is_json_even_where_keys_cannot_be_probed(data, tmp_path):
+    how = "--preset tiny --max_steps 2 --dtype float32 --threads 1 --attention mha --qk_norm true"
+    train.main([*how.split(), f"--data_dir={data}", f"--out_dir={tmp_path / 'qk'}"])
+    run(
+        f"--checkpoint {tmp_path / 'qk'} --out_dir {tmp_path / 'half'} --kv_ratio 0.75 --budget probe --probe_windows 1"
+    )
+    probed = strict(tmp_path / "half" / "report.json")["probe"]
+    assert probed["k"] == [[None, None, None, 0.0]] * 2 and all(len(costs) == 4 for costs in probed["v"])
+
+
+def test_a_model_whose_loss_is_not_finite_is_not_published(trained, tmp_path, monkeypatch, capsys):
+    def ruin(model, *_):
+        model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+        return [{"k": 0.0, "v": 0.0}] * 2
+
+    monkeypatch.setattr(program, "compress", ruin)
+    said = refused(capsys, f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'half'} --threads 1")
+    assert "loss" in said and "nan" in said and "nothing was written" in said and not (tmp_path / "half").exists()
+
+
+def test_on_mps_everything_is_done_by_the_cpu(trained, tmp_path, monkeypatch):
+    """mps has no float64; here it is not even there, so that nothing can have used it."""
+    monkeypatch.setattr(program, "choose_device", lambda name: torch.device("mps"))
+    run(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'half'}")
+    assert load_checkpoint(tmp_path / "half")[0].config.kv_heads(0) == (2, 2)
 
 
 def test_calibration_on_several_texts_is_reported_on_each(trained, data, tmp_path, capsys):
