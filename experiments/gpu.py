@@ -80,7 +80,7 @@ def correct(o):
     if o.rehearse:
         return
     slow = ["--deselect", "tests/test_kernels.py::test_every_kernel_compiles_for_gpus_that_are_not_here"]
-    tests = ["-m", "pytest", "-q", "-m", "slow or not slow", "tests/test_kernels.py", "tests/test_gpu.py", *slow]
+    tests = ["-m", "pytest", "-q", "-m", "slow or not slow", "tests/test_kernels.py", *slow]
     write("correct", pytest=subprocess.run([sys.executable, *tests], cwd=ROOT).returncode)
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):

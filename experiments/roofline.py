@@ -34,7 +34,6 @@ from kernels import triton
 
 if triton is not None:
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +174,8 @@ def compile_ahead(target, kernel, arguments, options):
     shared, warps = binary.metadata.shared, build.get("num_warps", 4)
     reserved = 1024 if backend == "cuda" else 0  # bytes of shared memory that CUDA itself takes per block
     if backend == "cuda":
+        from triton.backends.nvidia.compiler import get_ptxas  # not in triton 3.2
+
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(asm)
             file.flush()
