@@ -402,18 +402,18 @@ def absorbed_attention(q, k_components, v_components, compose_k, compose_v, posi
     reads as it lies in the cache, once. `positions` as in `causal_attention`.
     """
     q, k_components, v_components = autocast_inputs(q, k_components, v_components)
-    B, H, T, D = q.shape
+    (B, H, T, D), (n_k, n_v) = q.shape, (k_components.size(1), v_components.size(1))
     S, mask = k_components.size(2), None
-    if sdpa_is_wrong(q.device, 1, 1, k_components.size(1), v_components.size(1)):
+    if sdpa_is_wrong(q.device, 1, 1, n_k, n_v):
         k, v = compose_heads(k_components, compose_k), compose_heads(v_components, compose_v)
         return causal_attention(q, k, v, positions, dropout, path="sdpa")
     q = (q.unsqueeze(3) * compose_k.T[:, None, :, None]).to(q.dtype)  # (B, H, T, n_k, D)
     k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k_components, v_components))  # (B, 1, S, n * D)
     if T > 1 or positions is not None:
         mask = causal_mask(T, S, positions, q.device).repeat(1, 1, H, 1)
-    q = q.reshape(B, 1, H * T, -1)
+    q = q.reshape(B, 1, H * T, n_k * D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=D**-0.5)  # (B, 1, H*T, n_v*D)
-    return (y.reshape(B, H, T, -1, D) * compose_v.T[:, None, :, None]).sum(3).to(y.dtype)
+    return (y.reshape(B, H, T, n_v, D) * compose_v.T[:, None, :, None]).sum(3).to(y.dtype)
 
 
 def check_shapes(name, q, k, v, compose_k, compose_v, norm_weight):

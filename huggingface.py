@@ -336,9 +336,9 @@ def main(argv=None):
     from data.tokenizer import load_tokenizer
 
     o, _ = parse_options(Options, argv)
-    out_dir = Path(o.out_dir or f"{o.checkpoint.rstrip('/')}-hf")
+    out_dir = Path(o.out_dir or f"{Path(o.checkpoint)}-hf")
     try:
-        if o.overwrite and out_dir.exists() and not (out_dir / "config.json").is_file():
+        if o.overwrite and out_dir.exists() and any(out_dir.iterdir()) and not find_pretrained(out_dir):
             raise ValueError(f"{out_dir} is no Hugging Face folder: give another --out_dir")
         model, state = load_checkpoint(o.checkpoint)
         tokenizer = load_tokenizer(find_checkpoint(o.checkpoint).parent)

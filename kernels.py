@@ -12,7 +12,7 @@ same loop in PyTorch. Where to mix heads follows from what must be read:
   and a program that holds the queries of all heads reads every cached byte once and uses it for all of them.
 
 The backward pass is FlashAttention-2's (arXiv 2307.08691, section 3.1) with the norm's gradient in the pass that
-prepares it. experiments/aot.py compiles the kernels for GPUs that need not be here.
+prepares it. experiments/roofline.py compiles the kernels for GPUs that need not be here.
 """
 
 import functools
@@ -322,7 +322,7 @@ def device_limits(device):
 
 
 def tile_options(kernel, q):
-    """Tile, warps and pipeline stages of a prefill kernel: such as experiments/aot.py compiles without spills."""
+    """Tile, warps and pipeline stages of a prefill kernel: such as experiments/roofline.py compiles without spills."""
     D, shared = q.shape[-1], device_limits(q.device)[0]
     width = max(16, next_power_of_2(D))
     if q.dtype == torch.float32 and width <= 64:
@@ -414,7 +414,8 @@ def launch_decode(q, k, v, compose_k, compose_v, gain, lengths, eps):
     options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, composed)
     blocks, keys = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
     # Two programs per multiprocessor, as far as there are keys; a power of two, since combine_kernel loads a tile.
-    splits = next_power_of_2(max(1, min(128, 2 * device_limits(q.device)[1] // (B * blocks), triton.cdiv(S, keys))))
+    programs = 2 * device_limits(q.device)[1] // max(1, B * blocks)
+    splits = next_power_of_2(max(1, min(128, programs, triton.cdiv(S, keys))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
     heads = map(strided, (q, k, v))
@@ -487,6 +488,8 @@ def triton_obstacle(device, dtype, D):
     """Why no kernel computes this, or None."""
     if triton is None:
         return "triton is not installed (pip install triton)"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        return f"triton {triton.__version__} is older than 3.3"
     if device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on a {device.type} device"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

@@ -308,18 +308,22 @@ class GPT(nn.Module):
         """Continue prompts (lists of ids, of any lengths from 1) by up to max_new_tokens: a list of the new ids for
         each.
 
-        temperature 0 takes the likeliest token; otherwise one is drawn, after keeping the `top_k` likeliest and then
-        the fewest whose probabilities reach `top_p`. A row ends with a stop token, which is not returned.
-        `on_token(row, id)` is called as each id is chosen. When a row outgrows the block size the older half of its
-        context is dropped, all but the first `keep` tokens (a start of text), with or without the cache: both give the
-        same tokens. The model should be in eval mode. Raises ValueError.
+        temperature 0, or one too small for float32, takes the likeliest token; otherwise one is drawn, after keeping
+        the `top_k` likeliest and then the fewest whose probabilities reach `top_p`. A row ends with a stop token, which
+        is not returned. `on_token(row, id)` is called as each id is chosen. When a row outgrows the block size the
+        older half of its context is dropped, all but the first `keep` tokens (a start of text), with or without the
+        cache: both give the same tokens. The model should be in eval mode. Raises ValueError.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
-        if max_new_tokens < 0 or not 0 <= temperature < math.inf:
-            raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must be at least 0")
-        if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f"top_k {top_k} must be at least 1, and top_p {top_p} above 0 and at most 1")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         device, limit = self.embed_tokens.weight.device, self.config.block_size
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         keep = min(keep, limit // 2)
@@ -370,7 +374,7 @@ class GPT(nn.Module):
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, V) logits -> (B) ids: see `GPT.generate`."""
-    if temperature == 0:
+    if temperature == 0 or not (logits.amax(-1) / temperature).isfinite().all():  # so small that float32 overflows
         return logits.argmax(-1)
     logits, ids = torch.sort(logits / temperature, dim=-1, descending=True)
     if top_k is not None:

@@ -25,7 +25,6 @@ from dataclasses import field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
 from textwrap import shorten
-from types import SimpleNamespace
 from typing import get_args
 
 WINDOWS = os.name == "nt"
@@ -88,7 +87,9 @@ def check_options(options):
         if type(value) in (int, float) and (right or float in kinds):
             bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.get("bounds", {}).items()]
             wanted = " and ".join(f"{words} {limit}" for words, _, limit in bounds) or "a finite number"
-            right = -(2**63) <= value < 2**63 and all(holds(value, limit) for _, holds, limit in bounds)
+            right = all(holds(value, limit) for _, holds, limit in bounds)
+            if right and not -(2**63) <= value < 2**63:  # what torch takes for a number
+                wanted, right = "below 2**63 in size" if abs(value) < float("inf") else "a finite number", False
         elif choices and value is not None:
             wanted, right = f"one of {', '.join(choices)}", value in choices
         if not right:
@@ -154,13 +155,32 @@ def silence_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def progress(what: str, total: int | None = None, unit: str = "B"):
-    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, nothing."""
+def progress(what, total=None, unit="B"):
+    """tqdm's bar, with a rate and the time to go, for work that takes more than a second; without tqdm, plain lines."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return SimpleNamespace(update=lambda amount: None, close=lambda: None)
+        return PlainProgress(what, total)
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
+
+
+class PlainProgress:
+    """A line on standard error every few seconds: how much of the work is done."""
+
+    SECONDS = 5
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done, self.said = what, total, 0, time.monotonic()
+
+    def update(self, amount):
+        self.done += amount
+        if self.said + self.SECONDS < time.monotonic():
+            self.said = time.monotonic()
+            share = f": {self.done / self.total:.0%}" if self.total else ""
+            print(f"{self.what}{share}", file=sys.stderr, flush=True)
+
+    def close(self):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------

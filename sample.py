@@ -6,6 +6,7 @@ error.
 
 from options import choose_device, fail, option, parse_options, run_program
 
+import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import find_checkpoint, load_checkpoint, starts_bare
-from data.tokenizer import load_tokenizer
+from data.tokenizer import encoding_of, load_tokenizer
 from functional import PATHS, set_kernel
 from model import KVCache
 
@@ -33,7 +34,7 @@ class Options:
     no_cache: bool = option(False, "compute every token from its whole context: slow, the same at temperature 0")
     kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
 
 
 def read_prompt(o):
@@ -41,8 +42,10 @@ def read_prompt(o):
         raise ValueError("prompt and prompt_file are both given: leave one out")
     if not o.prompt_file:
         return o.prompt
+    if o.prompt_file == "-" and sys.stdin is None:
+        raise ValueError("prompt_file is - and standard input is closed")
     raw = sys.stdin.buffer.read() if o.prompt_file == "-" else Path(o.prompt_file).read_bytes()
-    return raw.decode("utf-8", errors="replace")
+    return raw.decode(encoding_of(raw), errors="replace")
 
 
 def open_model(path, device):
@@ -58,26 +61,46 @@ def open_model(path, device):
 
 
 class TextStream:
-    """The text that each new token adds.
+    """The text that each new token adds: all of it but a character that is not complete.
 
-    A token may end inside a character, and SentencePiece spells a space by what stands before.
+    A token may end inside a character, and SentencePiece spells a space, or a byte, by what stands before.
     """
 
     def __init__(self, tokenizer, prompt):
-        self.tokenizer, self.tokens = tokenizer, list(prompt[-8:])
-        self.shown = len(tokenizer.decode(self.tokens))
+        self.tokenizer, self.tokens, self.held = tokenizer, list(prompt), 0
+        self.forget()
+
+    def forget(self):
+        """Keep a few tokens as context, from the start of a character: decoding all would take quadratic time."""
+        for count in range(8, 12):
+            if not self.tokenizer.decode(self.tokens[-count:]).startswith("\ufffd"):
+                break
+        self.tokens = self.tokens[-count:]
+        self.shown = len(self.complete())
+
+    def complete(self):
+        """The text of the tokens up to a character that is not complete; other bytes that are no UTF-8 are U+FFFD."""
+        return codecs.utf_8_decode(self.tokenizer.decode_bytes(self.tokens), "replace", False)[0]
 
     def add(self, token):
         self.tokens.append(token)
-        return "" if self.tokenizer.decode(self.tokens).endswith("\ufffd") else self.rest()
+        text = self.complete()
+        # SentencePiece gives U+FFFD for the bytes of a character that is not complete, three at most
+        self.held = self.held + 1 if text.endswith("\ufffd") and not self.tokenizer.byte_level else 0
+        if 0 < self.held < 4:
+            return ""
+        new, self.shown = text[self.shown :], len(text)
+        if len(self.tokens) > 64:
+            self.forget()
+        return new
 
     def rest(self):
-        text = self.tokenizer.decode(self.tokens)
-        new = text[self.shown :]
-        if len(self.tokens) > 64:  # a few stay for context: decoding all takes quadratic time
-            self.tokens = self.tokens[-8:]
-        self.shown = len(self.tokenizer.decode(self.tokens))
-        return new
+        return self.tokenizer.decode(self.tokens)[self.shown :]
+
+
+def write(text):
+    """To standard output at once; nowhere if that is closed."""
+    print(text, end="", flush=True)
 
 
 def main(argv=None):
@@ -95,12 +118,11 @@ def main(argv=None):
     how["use_cache"] = not o.no_cache
     count, began = 0, time.monotonic()
     for sample in range(o.num_samples):
-        sys.stdout.write(prompt)
+        write(prompt)
         text = TextStream(tokenizer, tokens)
 
         def show(_, token):
-            sys.stdout.write(text.add(token))
-            sys.stdout.flush()
+            write(text.add(token))
 
         try:
             new = model.generate([tokens], o.max_new_tokens, **how, seed=o.seed + sample, on_token=show)
@@ -108,8 +130,7 @@ def main(argv=None):
             fail(error)
         count += len(new[0])
         last = sample + 1 == o.num_samples
-        sys.stdout.write(text.rest() + ("\n" if last else "\n\n" + "-" * 80 + "\n"))
-    sys.stdout.flush()
+        write(text.rest() + ("\n" if last else "\n\n" + "-" * 80 + "\n"))
     seconds = max(time.monotonic() - began, 1e-9)
     positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
     size, per_token = KVCache(model.config, 1, positions).nbytes, model.config.kv_bytes_per_token()

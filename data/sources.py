@@ -14,12 +14,13 @@ import re
 import sysconfig
 import urllib.request
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
-from data.tokenizer import END_OF_TEXT, well_formed
+from data.tokenizer import END_OF_TEXT, encoding_of, well_formed
 from options import sha256
 
 DATA = Path(__file__).resolve().parent
@@ -33,24 +34,25 @@ class Corpus:
 
     `documents()` yields (split, text, ends): a document may come in several texts, the last of which has `ends` set.
     Called again it yields the same. `size` is the number of bytes, roughly. `meta` goes into meta.json, `notes` say in
-    words what a user should know.
+    words what a user should know. `skipped` counts the records without text that the last pass came upon.
     """
 
     documents: Callable[[], Iterator[tuple[str, str, bool]]]
     size: int
     meta: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)
 
 
-def position(text: str, seed: int) -> float:
+def hash_fraction(text: str, seed: int) -> float:
     """A hash of `text`, uniform in [0, 1)."""
     digest = hashlib.blake2b(f"{seed}:".encode() + text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def split_of(text: str, val_fraction: float, seed: int) -> str:
-    """The side of a record, or of a name. It follows from the text alone, so equal records are on the same side."""
-    return "val" if position(text, seed) < val_fraction else "train"
+    """The side that a record, or all of a module by its name, is on: equal texts are on the same side."""
+    return "val" if hash_fraction(text, seed) < val_fraction else "train"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,19 +66,17 @@ TABLE_LINES = 60  # a longer statement at module level that is no definition is 
 LICENCE = re.compile(r"copyright|licen[cs]e|all rights reserved", re.I)
 
 
-def python_corpus(content: str, val_fraction: float, seed: int) -> Corpus:
-    """Language topics of pydoc with the standard library's docstrings ("prose"), its sources ("code"), or topics and
-    sources ("both": a docstring is then read where it stands). Modules are read as files, never imported.
+def python_corpus(val_fraction: float, seed: int) -> Corpus:
+    """The language topics of pydoc and the sources of the standard library, which are read and never imported.
 
     All text of one module lies in one split, by a hash of its name, so that it stays there in every version of Python.
-    Topics repeat each other, docstrings sometimes: a paragraph is kept once.
+    Topics repeat each other: a paragraph is kept once.
     """
-    topics, seen, texts = {}, set(), {}
-    if content != "code":
-        try:
-            from pydoc_data.topics import topics  # nothing but data
-        except ImportError:  # some systems package it apart
-            pass
+    seen, texts = set(), {}
+    try:
+        from pydoc_data.topics import topics  # nothing but data
+    except ImportError:  # some systems package it apart
+        topics = {}
     for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):  # the long ones are made of short ones
         text = str(topics[topic]).replace('\u201c"', '"').replace('"\u201d', '"')  # quoted twice
         texts[f"topics/{topic}"] = unseen_paragraphs(text, seen)
@@ -85,19 +85,13 @@ def python_corpus(content: str, val_fraction: float, seed: int) -> Corpus:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of invalid escapes in old files
                 text = importlib.util.decode_source(source)
-                tree = ast.parse(text)
+                texts[name] = clean_code(text, ast.parse(text))
         except (SyntaxError, ValueError):
             continue
-        if content == "prose":
-            module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            texts[name] = unseen_paragraphs("\n\n".join(docstrings(tree, module)), seen)
-        else:
-            texts[name] = clean_code(text, tree)
     texts = {name: text.strip() + "\n" for name, text in sorted(texts.items()) if len(text) >= 200}
     return Corpus(
         lambda: ((split_of(name, val_fraction, seed), text, True) for name, text in texts.items()),
         sum(len(text.encode()) for text in texts.values()),
-        dict(content=content),
     )
 
 
@@ -112,24 +106,6 @@ def library_modules() -> Iterator[tuple[str, bytes]]:
                 if source not in seen:
                     yield path.relative_to(root).as_posix(), source
                 seen.add(source)
-
-
-def docstrings(tree: ast.AST, name: str) -> Iterator[str]:
-    """The docstrings of a module, each under a title: the dotted name, with the arguments of a function."""
-    if isinstance(tree, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        if isinstance(tree, ast.ClassDef):
-            title = f"class {name}"
-        elif isinstance(tree, ast.Module):
-            title = f"{name}\n{'=' * len(name)}"
-        else:
-            title = f"{name}({ast.unparse(tree.args)})"
-        if doc := ast.get_docstring(tree):
-            yield f"{title}\n\n{doc}"
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from docstrings(child, f"{name}.{child.name}")
-        elif isinstance(child, (ast.If, ast.Try)):
-            yield from docstrings(child, name)
 
 
 def unseen_paragraphs(text: str, seen: set[str]) -> str:
@@ -173,16 +149,13 @@ def clean_code(text: str, tree: ast.Module) -> str:
 RECORDS = (".jsonl", ".parquet")  # a document in each record's "text"
 SUFFIXES = (".txt", ".md", ".rst", ".py", *RECORDS)  # what is read in a folder
 SPLIT_NAME = re.compile(r"(train|val|test)(id|idation)?([-_.]\d+([-_]of[-_]\d+)?)?\.\w+", re.I)
-DIVISION = re.compile(rf"\s*{re.escape(END_OF_TEXT)}\s*")
+SPACE = 1 << 16  # characters
 
 
 def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
     """A file of text or of records, or all SUFFIXES below a folder. Raises ValueError if there is no text."""
-    files, skipped = [], Counter()
-    for path in [source] if source.is_file() else sorted(source.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if hidden or not path.is_file():
-            continue
+    skipped, files = Counter(), []
+    for path in [source] if source.is_file() else files_below(source, skipped):
         if path != source and path.suffix.lower() not in SUFFIXES:
             skipped[path.suffix or "without suffix"] += 1
         elif not is_text(path):
@@ -193,23 +166,50 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
     shares = validation_shares(source, files, val_fraction, seed)
     if len(shares) < len(files):
         skipped["beside train and val"] = len(files) - len(shares)
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items()))
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted((+skipped).items()))
     if not files:
         raise ValueError(f"--source {source}: no text in {', '.join(SUFFIXES)} files there ({kinds or 'no files'})")
     return file_corpus(shares, seed, notes=[f"skipped files: {kinds}"] if kinds else [])
 
 
+def files_below(source: Path, skipped: Counter) -> list[Path]:
+    """The files below a folder and in folders that are linked there, sorted; what cannot be followed is counted.
+
+    A folder that several paths lead to is read once, by a path without links if there is one. Hidden names are left
+    out.
+    """
+    files, seen, folders = [], set(), deque([source])
+    while folders:
+        folder = folders.popleft()
+        if (real := folder.resolve()) in seen:
+            continue
+        seen.add(real)
+        try:
+            paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        except PermissionError:
+            skipped["without permission"] += 1
+            continue
+        files += [path for path in paths if path.is_file()]
+        skipped["behind a broken link"] += sum(not path.exists() for path in paths)
+        inside = [path for path in paths if path.is_dir()]
+        folders.extendleft(path for path in inside if not path.is_symlink())
+        folders.extend(sorted(path for path in inside if path.is_symlink()))  # last, so that real paths come first
+    return sorted(files)
+
+
 def is_text(path: Path) -> bool:
     with open(path, "rb") as stream:
         head = stream.read(1 << 16)
-    return bool(head) and (b"\0" not in head or path.suffix.lower() == ".parquet")
+    return bool(head) and (b"\0" not in head or encoding_of(head) != "utf-8-sig" or path.suffix.lower() == ".parquet")
 
 
 def validation_shares(source: Path, files: list[Path], val_fraction: float, seed: int) -> dict[Path, float]:
-    """Of each file that is used the share to validate on: 0 nothing, 1 all of it, between: `split_file` divides it.
+    """The share of each file to validate on: 0 nothing, 1 all of it, between: `split_file` divides it. Files without a
+    share are not used.
 
-    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise the first text files by a hash of each
-    name are for validation, up to `val_fraction` of the bytes: adding files moves few. Files of records are all split.
+    Files named train.* and val.*, valid*.* or test.* are the splits. Otherwise text files are ordered by a hash of each
+    name, and the first of them are for validation, up to `val_fraction` of the bytes: adding files moves few. Each file
+    of records is divided.
     """
     named = defaultdict(list)
     for path in files:
@@ -220,7 +220,7 @@ def validation_shares(source: Path, files: list[Path], val_fraction: float, seed
     shares = dict.fromkeys(files, val_fraction)
     texts = [path for path in files if path.suffix.lower() not in RECORDS]
     left = val_fraction * sum(path.stat().st_size for path in texts)
-    for path in sorted(texts, key=lambda path: position(path.relative_to(source).as_posix(), seed)):
+    for path in sorted(texts, key=lambda path: hash_fraction(path.relative_to(source).as_posix(), seed)):
         size = path.stat().st_size
         shares[path] = min(1.0, left / size)
         left = max(0.0, left - size)
@@ -234,18 +234,29 @@ def check_pyarrow(files) -> None:
 
 
 def file_corpus(shares: dict[Path, float], seed: int, **more) -> Corpus:
-    return Corpus(
-        lambda: (document for path, share in shares.items() for document in split_file(path, share, seed)),
-        sum(path.stat().st_size for path in shares),
-        **more,
-    )
+    """The documents of files, each with its share to validate on; ValueError for a .parquet file without texts."""
+    skipped = Counter()
+    for path in shares:
+        if path.suffix.lower() == ".parquet":
+            check_parquet(path)
+
+    def documents():
+        skipped.clear()
+        for path, share in shares.items():
+            yield from split_file(path, share, seed, skipped)
+
+    return Corpus(documents, sum(path.stat().st_size for path in shares), skipped=skipped, **more)
 
 
-def split_file(path: Path, val_share: float, seed: int) -> Iterator[tuple[str, str, bool]]:
+def split_file(path: Path, val_share: float, seed: int, skipped: Counter) -> Iterator[tuple[str, str, bool]]:
     """(split, text, ends) as of `Corpus`. Records are split by a hash of each; text is cut near its end, after a line
     or a word."""
     if path.suffix.lower() in RECORDS:
-        yield from ((split_of(text, val_share, seed), text, True) for text in read_records(path))
+        for text in read_parquet(path) if path.suffix.lower() == ".parquet" else read_jsonl(path):
+            if text:
+                yield split_of(text, val_share, seed), text, True
+            else:
+                skipped["null" if text is None else "empty"] += 1
         return
     left = math.inf  # bytes of UTF-8 to train on
     if val_share:
@@ -261,40 +272,102 @@ def split_file(path: Path, val_share: float, seed: int) -> Iterator[tuple[str, s
         left -= size
 
 
+def open_text(path: Path, **how):
+    with open(path, "rb") as stream:
+        encoding = encoding_of(stream.read(4))
+    return open(path, encoding=encoding, errors="replace", **how)
+
+
 def read_text(path: Path) -> Iterator[tuple[str, bool]]:
-    """(text, ends): documents in pieces, the last of each with `ends` set. In a .txt END_OF_TEXT divides documents."""
-    begun = False  # whether some of the document was yielded
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as stream:
-        while piece := stream.read(PIECE) + stream.readline(PIECE):  # to the end of a line, if that is near
-            *ended, rest = DIVISION.split(piece) if path.suffix.lower() == ".txt" else [piece]
-            for text in ended:
-                if begun or text:
-                    yield text, True
-                begun = False
-            if rest:
-                yield rest, False
-                begun = True
+    """(text, ends): documents in pieces, the last of each with `ends` set. In a .txt END_OF_TEXT divides documents, and
+    the white space around it belongs to none."""
+    divides = path.suffix.lower() == ".txt"
+    begun = divided = False  # whether some of a document was yielded; whether only white space followed a divider
+    for piece in read_pieces(path, divides):
+        *ended, rest = piece.split(END_OF_TEXT) if divides else [piece]
+        for text in ended:
+            text = (text.lstrip() if divided else text).rstrip()
+            if begun or text:
+                yield text, True
+            begun, divided = False, True
+        rest = rest.lstrip() if divided else rest
+        if rest:
+            yield rest, False
+            begun, divided = True, False
     if begun:
         yield "", True
 
 
-def read_records(path: Path) -> Iterator[str]:
-    """The "text" of each line of a .jsonl file or row of a .parquet file. ValueError for a bad line."""
-    if path.suffix.lower() == ".parquet":
-        from pyarrow import parquet
+def read_pieces(path: Path, divides: bool) -> Iterator[str]:
+    """The text of a file in pieces of PIECE characters, to the end of a line, if that is near. If END_OF_TEXT `divides`
+    it, none is torn, or parted from the white space before it (of more than SPACE characters)."""
+    with open_text(path, newline="\n") as stream:
+        read = lambda: stream.read(PIECE) + stream.readline(PIECE)
+        piece, following = read(), read()
+        while piece:
+            tail = piece[len(before_divider(piece)) :] if divides else ""
+            while tail and END_OF_TEXT.startswith((tail + following).lstrip()) and len(following) < SPACE:
+                if not (more := read()):
+                    break
+                following += more
+            if tail and (tail + following).lstrip().startswith(END_OF_TEXT):
+                piece, following = piece[: -len(tail)], tail + following
+            yield piece
+            piece, following = following, read()
 
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-            yield from batch.column(0).to_pylist()
-        return
-    with open(path, encoding="utf-8-sig", errors="replace") as stream:
+
+def before_divider(text: str) -> str:
+    """`text` without what may begin a divider at its end: white space, and some of END_OF_TEXT."""
+    for length in range(len(END_OF_TEXT) - 1, 0, -1):
+        if text.endswith(END_OF_TEXT[:length]):
+            text = text[:-length]
+            break
+    return text.rstrip()
+
+
+def read_jsonl(path: Path) -> Iterator[str | None]:
+    """The "text" of each line, None where it is null. ValueError for a line that is no JSON object with a text."""
+    with open_text(path) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:
-                    text = well_formed(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError, AttributeError):
+                    text = json.loads(line)["text"]
+                    text = text if text is None else well_formed(text)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     message = f'{path}, line {number}: not a JSON object with a string in "text"'
                     raise ValueError(message) from None
                 yield text
+
+
+def check_parquet(path: Path) -> None:
+    """ValueError unless a .parquet file can be read and has strings, or their bytes, in a column "text"."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+    if "text" not in schema.names:
+        raise ValueError(f'{path} has no column "text", only {", ".join(schema.names) or "none"}')
+    kind = schema.field(schema.names.index("text")).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
+        raise ValueError(f'{path}: column "text" holds {kind}, not strings')
+
+
+def read_parquet(path: Path) -> Iterator[str | None]:
+    """The "text" of each row, None where it is null. ValueError for a damaged file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for cell in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    yield None if cell is None else cell.decode("utf-8", "replace")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,10 +430,12 @@ def download_shakespeare() -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise OSError(f"could not download {url} ({error}): {OTHERWISE}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        new = path.with_name(f"{path.name}.{os.getpid()}")  # another program may be here, too
+        new.write_bytes(content)
+        os.replace(new, path)
     if sha256(path) != checksum:
         raise ValueError(f"{path} is not the expected file: remove it and run again")
     return path

@@ -3,9 +3,9 @@
 Four kinds behind one small interface (`Tokenizer`), each saved as one self-contained JSON file, never a pickle:
 
     byte        the 256 bytes of UTF-8, nothing to learn
-    bpe         byte-level byte-pair encoding, trained here (`train_bpe`), run by tiktoken
+    bpe         byte-pair encoding of bytes, trained here (`train_bpe`), run by tiktoken
     gpt2, ...   tiktoken's own vocabularies, from its cache folder (TIKTOKEN_CACHE_DIR) or the network
-    hf:FOLDER   the tokenizer.json of a Hugging Face folder, run by the `tokenizers` package
+    hf:FOLDER   the tokenizer.json of a Hugging Face folder, or of OWNER/NAME on the hub, run by `tokenizers`
 
 A run's folder, or any other that holds a tokenizer.json of these kinds, names that tokenizer as well.
 
@@ -16,9 +16,11 @@ not text and has no UTF-8: it is replaced by U+FFFD before encoding, everything 
 Read next: data/dataset.py. `python data/tokenizer.py` trains a small vocabulary on this file and shows it.
 """
 
+import codecs
 import heapq
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -30,12 +32,19 @@ if __package__ in (None, ""):  # run as a program: make the repository importabl
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from options import progress, read_json, sha256, write_atomically
 
-FILE_NAME = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 # Pre-tokens in the manner of GPT-2 (Radford et al. 2019, section 2.2): contractions, words, numbers, punctuation,
 # space. A newline keeps its indentation, which suits code. Every run is bounded, so a line of a million equal letters
 # costs no more to train on or to encode than prose; 32 encodes twice as fast as 64.
 SPLIT = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}(?!\S)|\s{1,32}"
+
+
+# GPT-2's letters for bytes: the byte itself where it is printable in latin-1, else a character from 256 on
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+ALPHABET = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))
+}
 
 
 class Tokenizer:
@@ -46,6 +55,7 @@ class Tokenizer:
     end_of_text: int
     end_tokens: set[int]  # all that end a text when a model writes it: a pretrained model may have several
     start_of_text: tuple[int, ...] = ()  # what a pretrained model saw before every text (Llama's <|begin_of_text|>)
+    byte_level = True  # a token spells the same bytes wherever it stands
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -63,12 +73,12 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def save(self, folder) -> dict:
-        """Writes FILE_NAME into `folder`, after `load_tokenizer` as it was, byte for byte; returns its part of
-        meta.json."""
-        path = Path(folder) / FILE_NAME
+        """Writes TOKENIZER_FILE into `folder` and returns its entry in meta.json. What `load_tokenizer` reads from it
+        saves the same bytes again."""
+        path = Path(folder) / TOKENIZER_FILE
         write_atomically(path, json.dumps({"format": 1, **self._state()}))
         size = dict(vocab_size=self.vocab_size, end_of_text=self.end_of_text)
-        return dict(name=self.name, file=FILE_NAME, sha256=sha256(path), **size)
+        return dict(name=self.name, file=TOKENIZER_FILE, sha256=sha256(path), **size)
 
     def to_hugging_face(self) -> dict:
         """The content of a Hugging Face tokenizer.json that encodes every text to the same ids; ValueError if there is
@@ -116,7 +126,7 @@ class BPETokenizer(TiktokenTokenizer):
     def to_hugging_face(self):
         import tokenizers
 
-        letter = {byte: c for c, byte in byte_level_alphabet().items()}
+        letter = {byte: c for c, byte in ALPHABET.items()}
         spell = lambda token: "".join(letter[byte] for byte in token)
         vocabulary = {spell([byte]): byte for byte in range(256)}
         vocabulary |= {spell(token): 256 + i for i, token in enumerate(self.merged)}
@@ -149,8 +159,8 @@ class ByteTokenizer(BPETokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json (its content, a dict), run by the `tokenizers` package.
 
-    Byte-level ones (GPT-2, Llama 3, Qwen) are exact. Others give back their normalised text, and their `decode_bytes`
-    is meant for whole texts, not token by token. ValueError if the package does not take the content.
+    Byte-level ones (GPT-2, Llama 3, Qwen) are exact. Others give back their normalised text, and spell a token by what
+    stands before it: their `decode_bytes` is for whole texts. ValueError if the package does not take the content.
     """
 
     def __init__(self, name: str, content: dict, end_of_text: int, more_ends=()):
@@ -169,18 +179,18 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_of_text, self.end_tokens = end_of_text, {end_of_text, *more_ends}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
-        self.byte_of = byte_level_alphabet() if '"ByteLevel"' in json.dumps(content.get("decoder")) else None
+        self.byte_level = '"ByteLevel"' in json.dumps(content.get("decoder"))
         whole = self.tokenizer.encode("a")  # as its own model reads a text
         self.start_of_text = tuple(whole.ids[: (whole.special_tokens_mask + [0]).index(0)])
 
     @classmethod
-    def from_file(cls, path: Path):
-        """Reads a tokenizer.json and the settings beside it.
+    def from_file(cls, path: Path, name: str):
+        """Reads a tokenizer.json and the settings beside it; ValueError where no token ends a text.
 
         End-of-text is tokenizer_config.json's eos_token, or a usual spelling of it. Each eos_token_id of config.json
         and generation_config.json, a number or a list, ends a text as well.
         """
-        tokenizer = cls(f"hf:{path.resolve().parent.name}", read_json(path), 0)
+        tokenizer = cls(name, read_json(path), 0)
         beside = map(path.with_name, ("tokenizer_config.json", "config.json", "generation_config.json"))
         settings, *configs = (read_json(file) if file.exists() else {} for file in beside)
         eos = settings.get("eos_token")
@@ -199,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [result.ids for result in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode_bytes(self, tokens):
-        if self.byte_of:
+        if self.byte_level:
             return super().decode_bytes(tokens)
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False).encode()
 
@@ -209,7 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if token in self.added:
             return self.added[token].encode()
         letters = self.tokenizer.id_to_token(token) or ""
-        return b"".join(bytes([self.byte_of[c]]) if c in self.byte_of else c.encode() for c in letters)
+        return b"".join(bytes([ALPHABET[c]]) if c in ALPHABET else c.encode() for c in letters)
 
     def _state(self):
         state = {"kind": "hf", "name": self.name, "end_of_text": self.end_of_text, "tokenizer": self.content}
@@ -221,10 +231,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def get_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", or what `load_tokenizer` finds in a folder or file, a
-    run's folder for example. ("bpe" has to be trained.)
+    """The tokenizer "byte", one of tiktoken's names, "hf:FOLDER", "hf:OWNER/NAME" (of the hub, if there is no such
+    folder), or what `load_tokenizer` finds in a folder or file, a run's for example. ("bpe" has to be trained.)
 
-    Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (tiktoken's files out of reach).
+    Raises ValueError (no such name), FileNotFoundError (no such folder) or OSError (files out of reach).
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -235,32 +245,59 @@ def get_tokenizer(spec: str) -> Tokenizer:
         except Exception as error:  # its errors and those of its HTTP library have no common class
             how = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bpe"
             raise OSError(f"tokenizer {spec}: tiktoken could not load its files ({error}); {how}") from None
-    if spec.startswith("hf:") or Path(spec).exists():
-        return load_tokenizer(spec.removeprefix("hf:"))
-    choices = f"byte, bpe, hf:FOLDER, a folder with a {FILE_NAME}, or one of {', '.join(names)}"
+    path = Path(spec.removeprefix("hf:"))
+    if path.exists() or spec.startswith("hf:") and not is_hub_name(spec.removeprefix("hf:")):
+        return load_tokenizer(path)
+    if spec.startswith("hf:"):
+        return load_tokenizer(fetch_tokenizer(spec.removeprefix("hf:")), spec)
+    choices = f"byte, bpe, hf:FOLDER, hf:OWNER/NAME, a folder with a {TOKENIZER_FILE}, or one of {', '.join(names)}"
     raise ValueError(f"no tokenizer {spec!r}: choose {choices}")
 
 
-def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder.
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can only be OWNER/NAME. A folder of the owner's name means that a path on this disk was meant."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.exists()
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """The local folder with the tokenizer of OWNER/NAME on the hub. Raises ValueError without the package, OSError if
+    it cannot be had."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"hf:{name} is no folder here; to fetch it: pip install huggingface_hub") from None
+    files = [TOKENIZER_FILE, "tokenizer_config.json", "config.json", "generation_config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception:  # no network, no such name, no permission: its errors have no common class
+        why = "no folder here, and it could not be fetched from huggingface.co: check the name and the network"
+        raise OSError(f"hf:{name} is {why}") from None
+
+
+def load_tokenizer(path, name: str | None = None) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote to `path` (the folder or the file), or that of a Hugging Face folder,
+    whose name it has unless another is given.
 
     FileNotFoundError if there is none, ValueError if the file is not sound.
     """
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / TOKENIZER_FILE if path.is_dir() else path
     state = read_json(path)
-    match state.get("kind"):
-        case None:
-            return HuggingFaceTokenizer.from_file(path)
-        case "byte":
-            return ByteTokenizer()
-        case "bpe" if state.get("split") == SPLIT:
-            return BPETokenizer([token.encode("latin-1") for token in state["merged"]])
-        case "tiktoken":
-            return get_tokenizer(state["name"])
-        case "hf":
-            ends = state["end_of_text"], state.get("more_ends", ())
-            return HuggingFaceTokenizer(state["name"], state["tokenizer"], *ends)
+    try:
+        match state.get("kind"):
+            case None:
+                return HuggingFaceTokenizer.from_file(path, name or f"hf:{path.resolve().parent.name}")
+            case "byte":
+                return ByteTokenizer()
+            case "bpe" if state.get("split") == SPLIT:
+                return BPETokenizer([token.encode("latin-1") for token in state["merged"]])
+            case "tiktoken":
+                return get_tokenizer(state["name"])
+            case "hf":
+                ends = state["end_of_text"], state.get("more_ends", ())
+                return HuggingFaceTokenizer(state["name"], state["tokenizer"], *ends)
+    except (KeyError, TypeError, AttributeError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     raise ValueError(f"{path} is not a tokenizer file of this program")
 
 
@@ -330,11 +367,12 @@ def merge(sequence: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's stand-ins for bytes: the byte itself where it is printable in latin-1, else a character from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def encoding_of(head: bytes) -> str:
+    """The encoding of a text by its first bytes: UTF-16 or UTF-32 with a byte order mark, as editors on Windows write
+    them, else UTF-8. Decoding removes the mark."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark is the beginning of it
+        return "utf-32"
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def well_formed(text: str) -> str:

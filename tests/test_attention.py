@@ -281,6 +281,7 @@ def test_rms_norm_and_its_gradients(shape):
     grad = torch.randn_like(x)
     for mine, theirs in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (rms_norm(x, weight, 1e-6), plain))):
         assert_same(mine, theirs, 1e-12)
+    assert torch.autograd.gradgradcheck(lambda *inputs: rms_norm(*inputs, 1e-6), (x, weight))
 
 
 # --- Talking-Heads in blocks

@@ -26,6 +26,7 @@ import data.prepare as prepare_module
 import data.sampler as sampler_module
 import data.sources as sources
 import data.tokenizer as tokenizer_module
+import options
 from data.dataset import Shards, open_dataset
 from data.prepare import main, prepare
 from data.sampler import WindowSampler, permute, validation_windows
@@ -250,6 +251,32 @@ def test_a_damaged_folder_is_refused_by_the_name_of_the_file(prepared, name, ref
     assert (str(prepared) if name == "meta.json" else name) in refused("--info", prepared)
 
 
+def damaged_metas():
+    """(what is wrong, how to make it so), for everything in meta.json that is read."""
+    places = [["format"], ["dtype"], ["vocab_size"], ["end_of_text"], ["splits"], ["tokenizer"], ["source"], ["notes"]]
+    places += [["tokenizer", name] for name in ("name", "sha256")]
+    places += [["splits", split] for split in ("train", "val")]
+    places += [["splits", "val", name] for name in ("tokens", "bytes", "documents", "sha256")]
+    right = {"notes": [[]], "format": [True], "source": ["\u4f60"], "name": ["\u4f60"], "sha256": ["\u4f60"]}
+    for place in places:
+        for value in (..., None, [], {}, -1, 1.5, True, "\u4f60", 10**30, [{}]):
+            if value not in right.get(place[-1], []):
+                yield place, value
+
+
+def test_a_damaged_meta_json_is_one_line(prepared, refused):
+    meta = json.loads((prepared / "meta.json").read_text())
+    for (*above, name), value in damaged_metas():
+        damaged = json.loads(json.dumps(meta))
+        part = damaged
+        for key in above:
+            part = part[key]
+        part.pop(name) if value is ... else part.update({name: value})
+        (prepared / "meta.json").write_text(json.dumps(damaged))
+        error = refused("--info", prepared)
+        assert "meta.json is not what data/prepare.py writes; prepare the data again" in error, (above, name, value)
+
+
 def test_ids_beyond_the_vocabulary_are_refused(prepared):
     tokens = np.fromfile(prepared / "val.bin", "<u2")
     tokens[3] = 400
@@ -328,6 +355,68 @@ def test_nothing_is_skipped_silently(prepare_files, tmp_path, capsys):
     assert text_of(dataset).count("text that is read") == 160 and text_of(dataset).count("print") == 1
 
 
+def test_folders_that_are_linked_into_the_source_are_read_once(prepare_files, tmp_path):
+    """A corpus often lies on another disk. Links lead in circles, nowhere, and twice to one folder."""
+    for i in range(3):
+        write(tmp_path / "disk" / "books" / f"book{i}.txt", f"book {i} " * 500)
+    write(tmp_path / "disk" / ".hidden" / "secret.txt", "secret")
+    write(tmp_path / "source" / "z" / "own.txt", "own text " * 100)
+    for link, target in {
+        "books": "../disk",
+        "again": "../disk/books",
+        "a": "z",
+        "z/up": "..",
+        "z/self": "self",
+        "gone.txt": "nowhere.txt",
+    }.items():
+        (tmp_path / "source" / link).symlink_to(target)
+    (tmp_path / "disk" / "back").symlink_to("../source")
+    dataset = prepare_files({"one.txt": "one", "two.txt": "two"})
+    texts = all_documents(dataset)
+    assert sorted({text.split(" ")[0] for text in texts}) == ["book", "one", "own", "two"]
+    assert text_of(dataset).count("book 1 ") == 500 and text_of(dataset).count("own") == 100
+    assert dataset.meta["notes"] == ["skipped files: 2 behind a broken link"]
+    files = sources.files_below(tmp_path / "source", sources.Counter())
+    assert tmp_path / "source" / "z" / "own.txt" in files  # not by the link a, which sorts first
+
+
+ENCODINGS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", ["d.txt", "d.md", "d.jsonl", "d.csv"])
+def test_text_with_a_byte_order_mark_is_decoded(prepare_files, encoding, name):
+    texts = [f"Caf\u00e9 {i} \u4f60\U0001f642." for i in range(100)]
+    text = records(texts) if name == "d.jsonl" else f"\r\n{END_OF_TEXT}\r\n".join(texts)
+    mark = "" if encoding in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff"
+    dataset = prepare_files({name: (mark + text).encode(encoding)})
+    if name in ("d.txt", "d.jsonl"):
+        assert set(texts) - {"Caf\u00e9 95 \u4f60\U0001f642."} <= {*all_documents(dataset)}
+    else:
+        assert text_of(dataset) == text
+    assert dataset.meta["notes"] == []
+
+
+def test_a_file_cut_within_a_character_of_utf_16_is_text(prepare_files):
+    dataset = prepare_files({"d.txt": ("word " * 100).encode("utf-16") + b"x"})
+    assert text_of(dataset) == "word " * 100 + "\ufffd"
+
+
+def test_any_file_name_will_do(prepare_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "DATA", tmp_path / "sets")
+    name = "Notes 2024-04-24 at 12.22.20\u202fPM \u4f60.txt"  # macOS writes a narrow no-break space
+    prepare_files({name: BOOK}, out_dir=None)
+    main(["--info", str(tmp_path / "sets" / name.removesuffix(".txt"))])
+
+
+def test_default_names_of_folders_are_whole(prepare_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "DATA", tmp_path / "sets")
+    for name in ("corpus.v1", "corpus.v2"):
+        prepare(source=write(tmp_path / name / "d.md", BOOK).parent, tokenizer="byte")
+    prepare(source=write(tmp_path / "corpus.v3.txt", BOOK), tokenizer="byte")
+    assert sorted(os.listdir(tmp_path / "sets")) == ["corpus.v1", "corpus.v2", "corpus.v3"]
+
+
 def test_end_of_text_in_a_txt_file_divides_documents(prepare_files):
     stories = [f"Once there was a fox, number {i}.\n\nIt ran." for i in range(500)]
     text = "".join(f"{story}\n<|endoftext|>\n" for story in stories)
@@ -340,10 +429,39 @@ def test_end_of_text_in_a_txt_file_divides_documents(prepare_files):
 def test_documents_do_not_depend_on_where_pieces_are_cut(tmp_path, monkeypatch):
     parts = ["one\ntwo", "three", "four " * 50 + "\n\nfive"]
     source = write(tmp_path / "d.txt", f"\n{END_OF_TEXT}\n".join([*parts, "", ""]))
-    for size in (*range(14, 60), 300, 1 << 20):
+    for size in (*range(1, 60), 300, 1 << 20):
         monkeypatch.setattr(sources, "PIECE", size)
         whole = "".join(text + "|" * ends for text, ends in sources.read_text(source))
-        assert [part.strip() for part in whole.split("|")] == [*parts, ""]
+        assert whole.split("|") == [*parts, ""]
+
+
+def test_dividers_are_found_wherever_a_read_ends(tmp_path, monkeypatch):
+    """By random texts against the whole text cut with a pattern; documents of nothing but white space are none."""
+    rng = random.Random(4)
+    for size in (*range(1, 30), *[1 << 20] * 10):
+        monkeypatch.setattr(sources, "PIECE", size)
+        words = [END_OF_TEXT, END_OF_TEXT, "<|endof", "<", " ", "\n", "\r\n", "\t\u2003", "a", "\u4f60", "b" * 20]
+        text = "".join(rng.choices(words, k=40))
+        source = write(tmp_path / "d.txt", text.encode())
+        found = "".join(text + "\0" * ends for text, ends in sources.read_text(source)).split("\0")
+        *ended, rest = re.split(rf"\s*{re.escape(END_OF_TEXT)}\s*", text)
+        assert found == [part for part in (*ended, rest) if part] + [""]
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\r\n\t"])
+def test_megabytes_of_white_space_take_no_time(tmp_path, space):
+    text = f"one{END_OF_TEXT}" + space * 1_000_000 + f"two{END_OF_TEXT}three" + space * 1_000_000
+    source, began = write(tmp_path / "d.txt", text.encode()), time.monotonic()
+    found = "".join(text + "|" * ends for text, ends in sources.read_text(source)).split("|")
+    assert [text.strip() for text in found] == ["one", "two", "three", ""] and time.monotonic() - began < 5
+
+
+def test_records_without_text_are_no_documents_and_counted(prepare_files):
+    lines = records(["one", "", "two", " "]) + '{"text": null}\n{"text": null, "id": 3}\n'
+    dataset = prepare_files({"d.jsonl": lines + records(f"story {i}" for i in range(100))})
+    assert len(all_documents(dataset)) == 103 and {"one", "two", " "} < {*all_documents(dataset)}
+    assert dataset.meta["notes"] == ["skipped records: 1 empty, 2 null"]
+    assert sum(dataset.meta["splits"][split]["documents"] for split in ("train", "val")) == 103
 
 
 def test_jsonl_is_split_by_record_and_equal_records_stay_together(prepare_files):
@@ -354,7 +472,21 @@ def test_jsonl_is_split_by_record_and_equal_records_stay_together(prepare_files)
     assert not set(train) & set(val) and len(val) > 20
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"text": 3}', '{"tex": "a"}'])
+DEEP = "[" * 200_000 + "]" * 200_000
+BAD_LINES = [
+    "{",
+    "3",
+    '{"text": 3}',
+    '{"tex": "a"}',
+    DEEP,
+    f'{{"text": {DEEP}}}',
+    '{"text": ["a"]}',
+    '["text"]',
+    "1" * 9999,
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20])
 def test_a_bad_jsonl_line_names_file_and_line(tmp_path, refused, line):
     write(tmp_path / "d.jsonl", '{"text": "good"}\n\n' + line + "\n")
     error = refused("--source", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out")
@@ -450,44 +582,132 @@ def library(tmp_path, monkeypatch):
         write(root / f"{name}.py", "SKIPPED = 'a module'\n" * 30)
     paths = dict(sysconfig.get_paths(), stdlib=str(root))
     monkeypatch.setattr(sysconfig, "get_path", lambda name, *_: paths[name])
+    short = "What a statement is" + ", and what it is not" * 10
+    topics = {"statements": f"{short}\n\n" + "There are many of them. " * 10, "statement": short}
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", types.SimpleNamespace(topics=topics))
     return root
 
 
 def test_library_sources_are_cleaned_and_skipped_as_promised(library):
-    texts = [text for _, text, _ in python_corpus("code", 0.05, 0).documents()]
+    texts = [text for _, text, _ in python_corpus(0.05, 0).documents()]
     everything = "\n".join(texts)
-    assert len(texts) == 41 and len(set(texts)) == 41  # forty modules and the table's; one twin
+    assert len(texts) == 43 and len(set(texts)) == 43  # forty modules, the table's, two topics; one twin
+    assert everything.count("What a statement is") == 1  # the long topic repeats the short one
     assert not any(gone in everything for gone in ("SKIPPED", "Copyright", "#!", "'row'"))
     assert "kept" in everything and '"""Module number 7.' in everything and everything.count(REPEATED) == 40
 
 
-def test_prose_is_docstrings_under_titles_each_paragraph_once(library):
-    everything = "\n".join(text for _, text, _ in python_corpus("prose", 0.05, 0).documents())
-    module = "module_5\n========\n\nModule number 5.\n\n"
-    assert f"{module}module_5.function_5(argument, other=None)\n\nWhat function 5" in everything
-    assert everything.count(REPEATED) == 1 and "return argument" not in everything
-
-
 def test_a_module_is_on_the_same_side_whatever_else_there_is(library):
-    def sides(content):
-        texts = [(split, text) for split, text, _ in python_corpus(content, 0.3, 0).documents()]
+    def sides():
+        texts = [(split, text) for split, text, _ in python_corpus(0.3, 0).documents()]
         return {int(match[1]): split for split, text in texts if (match := re.search(r"function_(\d+)\(arg", text))}
 
-    prose, both = sides("prose"), sides("both")
-    assert prose == {i: both[i] for i in prose} and set(both.values()) == {"train", "val"}
+    before = sides()
+    assert set(before.values()) == {"train", "val"}
     for i in range(4, 40, 2):
         (library / f"module_{i}.py").unlink()
-    assert sides("both") == {i: side for i, side in both.items() if i < 4 or i % 2}
+    assert sides() == {i: side for i, side in before.items() if i < 4 or i % 2}
 
 
 def test_the_real_library_makes_a_data_set(tmp_path):
-    dataset = prepare(content="prose", vocab_size=512, out_dir=tmp_path / "python")
-    assert dataset.meta["content"] == "prose" and dataset.meta["source"] == "python"
-    assert len(text_of(dataset)) > 1_000_000 and 0.01 < validation_share(dataset) < 0.15
+    dataset = prepare(tokenizer="byte", out_dir=tmp_path / "python")
+    assert dataset.meta["source"] == "python" and "class PurePath" in text_of(dataset)
+    assert len(text_of(dataset)) > 5_000_000 and 0.01 < validation_share(dataset) < 0.15
     main(["--info", str(tmp_path / "python")])
 
 
 # --- Nothing lost, nothing half there ---
+
+
+def during(monkeypatch, happens):
+    """Let `happens()` take place once while a data set is prepared, just before it is complete."""
+    write_atomically, waiting = prepare_module.write_atomically, [happens]
+
+    def writing(path, text):
+        write_atomically(path, text)
+        if waiting:
+            waiting.pop()()
+
+    monkeypatch.setattr(prepare_module, "write_atomically", writing)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_programs_that_prepare_one_data_set_the_second_takes_what_is_there(tmp_path, monkeypatch, overwrite):
+    source, inodes = write(tmp_path / "d.txt", PROSE), []
+    how = dict(source=source, tokenizer="byte", out_dir=tmp_path / "out", overwrite=overwrite)
+
+    def other():
+        prepare(**how)
+        inodes.append((tmp_path / "out").stat().st_ino)
+
+    during(monkeypatch, other)
+    assert text_of(prepare(**how)) == PROSE
+    assert (inodes[0] == (tmp_path / "out").stat().st_ino) == (not overwrite)
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "out"]
+
+
+def test_two_programs_with_different_data_do_not_mix(tmp_path, monkeypatch, refused):
+    source, other = write(tmp_path / "d.txt", PROSE), write(tmp_path / "e.txt", BOOK)
+    out = ["--tokenizer", "byte", "--out_dir", tmp_path / "out", "--source"]
+    during(monkeypatch, lambda: prepare(source=other, tokenizer="byte", out_dir=tmp_path / "out", info=None))
+    monkeypatch.setattr(prepare_module, "say", lambda text: None)
+    assert "another program has put another data set there" in refused(*out, source)
+    assert text_of(open_dataset(tmp_path / "out", verify=True)) == BOOK
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "e.txt", "out"]
+
+
+def test_two_terminals_at_once(tmp_path):
+    source = write(tmp_path / "d.txt", PROSE)
+    command = [sys.executable, PROGRAM, "--source", source, "--vocab_size", "300", "--out_dir", tmp_path / "out"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [(process.wait(), process.communicate()[1]) for process in both]
+    late = "holds a data set; add --overwrite"  # one of them may have begun when the other was through
+    assert all(code == 0 or late in error for code, error in ends) and (0, "") in ends
+    assert text_of(open_dataset(tmp_path / "out", verify=True)) == PROSE
+    assert sorted(os.listdir(tmp_path)) == ["d.txt", "out"]
+
+
+def test_what_a_running_program_prepares_is_left_alone(tmp_path, monkeypatch):
+    begin = f".out.{prepare_module.platform.node()}"
+    for name in (
+        f"{begin}-{os.getppid()}-00",
+        f"{begin}-99999999-00",
+        f"{begin}-99999998-00.old",
+        ".out.elsewhere-1-0",
+    ):
+        write(tmp_path / name / "train.bin", "tokens")
+    prepare(source=write(tmp_path / "d.txt", PROSE), tokenizer="byte", out_dir=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == sorted([".out.elsewhere-1-0", f"{begin}-{os.getppid()}-00", "d.txt", "out"])
+
+
+@pytest.mark.parametrize("in_use", ["folder", "files"])
+def test_a_data_set_in_use_on_windows_is_not_destroyed(prepared, tmp_path, monkeypatch, refused, capsys, in_use):
+    """There a folder with open files may refuse to be renamed, and its files to be removed."""
+    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
+    rename, unlink = Path.rename, os.unlink
+
+    def refusing(path, target):
+        if path == prepared and in_use == "folder":
+            raise PermissionError(13, "Access is denied", str(path))
+        return rename(path, target)
+
+    def keeping(path, **how):
+        if in_use == "files" and Path(path).name == "train.bin":
+            raise PermissionError(32, "The process cannot access the file", str(path))
+        return unlink(path, **how)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    monkeypatch.setattr(os, "unlink", keeping)
+    source = write(tmp_path / "d.txt", BOOK)
+    command = ["--source", source, "--tokenizer", "byte", "--out_dir", prepared, "--overwrite"]
+    if in_use == "folder":
+        assert "is in use and stays as it is" in refused(*command)
+        assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
+        assert sorted(os.listdir(tmp_path)) == ["d.txt", "prepared"]
+    else:
+        main([*map(str, command)])
+        assert text_of(open_dataset(prepared, verify=True)) == BOOK
+        assert "the old data set is in use; remove it when it is not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what, why", [("full disk", "No space left"), ("nonsense", "is not what data/prepare.py")])
@@ -514,7 +734,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path):
     write(tmp_path / "d.txt", PROSE * 30)
     command = [sys.executable, PROGRAM, "--source", tmp_path / "d.txt", "--out_dir", tmp_path / "out"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / ".out.new").exists():
+    while not [*tmp_path.glob(".out.*")]:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -535,9 +755,7 @@ MISTAKES = """
 --source no/such/file.txt => no/such/file.txt: neither python, shakespeare
 --tokenizer gpt9 => no tokenizer 'gpt9'
 --tokenizer hf:nowhere => nowhere
---content poems => --content
 --vocab_size 512 --tokenizer byte => --vocab_size is for --tokenizer bpe
---source shakespeare --content prose => --content is for --source python
 --shards 3 => --shards is for --source fineweb-edu
 --source fineweb-edu --shards 15 => shards must be at least 1 and at most 14
 --val_fraction nan => val_fraction must be above 0 and at most 0.5, not nan
@@ -647,7 +865,8 @@ def test_several_shards_are_one_stream(prepare_files, tmp_path, cuts, kind):
 
 def test_shards_slice_as_one_array():
     whole, rng = np.arange(100, dtype=np.uint16), random.Random(0)
-    shards = Shards([whole[:1], whole[1:40], whole[40:41], whole[41:]])
+    arrays = [whole[:1], whole[1:40], whole[40:41], whole[41:]]
+    shards = Shards([*map(len, arrays)], whole.dtype, arrays.__getitem__)
     assert len(shards) == 100 and shards.nbytes == 200 and (shards[:] == whole).all()
     for _ in range(500):
         piece = slice(*(rng.choice([None, *range(-110, 110)]) for _ in range(2)))
@@ -664,6 +883,7 @@ def test_shards_slice_as_one_array():
         (shard([1], **LLAMA3), shard(IDS), "train_0.bin has 1028 bytes"),
         (b"abc", b"abcd", "train_0.bin has 3 bytes"),
         (b"", b"abcd", "train_0.bin has 0 bytes"),
+        (shard([256] * 9), shard(IDS), "nothing but end-of-text tokens"),
     ],
 )
 def test_token_files_that_cannot_be_right_are_refused(tmp_path, refused, train, val, why):
@@ -682,6 +902,37 @@ def test_token_files_are_gpt_2_s_unless_said_otherwise(prepare_files, monkeypatc
     dataset = prepare_files(dict.fromkeys(names, shard(np.where(IDS == 256, 50256, IDS))), tokenizer=None)
     assert dataset.meta["tokenizer"]["name"] == "gpt2" and dataset.vocab_size == 50257
     assert dataset.meta["splits"]["train"]["documents"] == 200
+
+
+def test_more_shards_than_files_may_be_open(prepare_files, tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = {f"a_train_{i:05}.bin": shard(IDS[i * 8 : i * 8 + 8]) for i in range(600)} | {"a_val_0.bin": shard(IDS)}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        dataset = prepare_files(files)
+        tokens = open_dataset(tmp_path / "out", verify=True).train
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tokens[:] == IDS[:4800]).all() and (tokens[1000:1030] == IDS[1000:1030]).all()
+    assert dataset.fingerprint == open_dataset(tmp_path / "out").fingerprint
+
+
+@pytest.mark.parametrize("refusing", [["symlink"], ["symlink", "link"]])
+def test_token_files_are_linked_or_copied_as_the_system_allows(prepare_files, tmp_path, monkeypatch, refusing):
+    def refuse(*_, **__):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    for name in refusing:
+        monkeypatch.setattr(os, name, refuse)
+    dataset = prepare_files(PLAIN)
+    assert (dataset.train == IDS[:4000]).all() and not (tmp_path / "out" / "train.bin").is_symlink()
+    linked = os.path.samefile(tmp_path / "out" / "train.bin", tmp_path / "source" / "train.bin")
+    assert linked == (refusing == ["symlink"])
+    (note,) = dataset.meta["notes"]
+    assert ("shared with" if linked else "copied") in note
+    shutil.rmtree(tmp_path / "source")
+    assert text_of(open_dataset(tmp_path / "out", verify=True))
 
 
 def test_a_changed_shard_is_refused(prepare_files, tmp_path):
@@ -775,3 +1026,58 @@ def test_fineweb_reads_parquet(tmp_path, monkeypatch, refused):
     for source in ("fineweb-edu", tmp_path / "downloads"):
         assert "pip install pyarrow" in refused("--source", source, "--out_dir", tmp_path / "new")
     assert len(asked) == 1  # refused before the download
+
+
+TEXTS = [f"Report {i} is about the number {i * i}." for i in range(300)]
+
+
+def parquet_bytes(**columns):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_parquet_rows_without_text_are_skipped_and_counted(prepare_files, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [*TEXTS, None, "", None]
+    column = pyarrow.array(rows)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    dataset = prepare_files({"d.parquet": parquet_bytes(id=list(range(303)), text=column)})
+    assert sorted(all_documents(dataset)) == sorted(TEXTS)
+    assert dataset.meta["notes"] == ["skipped records: 1 empty, 2 null"]
+
+
+PARQUET_FAULTS = {
+    "numbers": (lambda: parquet_bytes(text=list(range(300))), 'column "text" holds int64, not strings'),
+    "structs": (lambda: parquet_bytes(text=[{"body": text} for text in TEXTS]), 'column "text" holds struct<'),
+    "lists": (lambda: parquet_bytes(text=[[text] for text in TEXTS]), 'column "text" holds list<'),
+    "other": (lambda: parquet_bytes(content=TEXTS, id=TEXTS), 'has no column "text", only content, id'),
+    "cut": (lambda: parquet_bytes(text=TEXTS)[:-20], "cannot be read as parquet"),
+    "none": (lambda: b"PAR1, but no parquet", "cannot be read as parquet"),
+    "damaged": (lambda: (raw := parquet_bytes(text=TEXTS))[:4] + bytes(900) + raw[904:], "is damaged"),
+    "nulls": (lambda: parquet_bytes(text=[None] * 300), "no text for train.bin"),
+}
+
+
+@pytest.mark.parametrize("fault", PARQUET_FAULTS)
+def test_a_parquet_file_without_texts_is_one_line(tmp_path, refused, fault):
+    make, why = PARQUET_FAULTS[fault]
+    write(tmp_path / "source" / "good.parquet", parquet_bytes(text=["a"] if fault == "nulls" else TEXTS))
+    path = write(tmp_path / "source" / f"{fault}.parquet", make())
+    source = path if fault == "nulls" else path.parent
+    error = refused("--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out")
+    assert why in error and (fault == "nulls" or path.name in error) and os.listdir(tmp_path) == ["source"]
+
+
+def test_work_without_tqdm_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    now = iter(range(0, 100, 2))
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(now))
+    bar = options.progress("encoding", 1000)
+    for _ in range(10):
+        bar.update(100)
+    bar.close()
+    said = capsys.readouterr().err.splitlines()
+    assert 2 <= len(said) < 10 and all(re.fullmatch(r"encoding: \d+%", line) for line in said)

@@ -19,10 +19,12 @@ import kernels
 from attention import compose_heads
 from experiments import roofline
 from functional import absorbed_attention, causal_attention, linear_cross_entropy, mea_attention, mea_decode
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+NO_KERNELS = kernels.triton_obstacle(torch.device(DEVICE), torch.float32, 16)
+needs_triton = pytest.mark.skipif(bool(NO_KERNELS), reason=NO_KERNELS or "")
 IN_TORCH = ["sdpa", "blocks", "reference"]
 EVERY_PATH = [pytest.param("triton", marks=needs_triton), *IN_TORCH]
 
@@ -316,6 +318,22 @@ def test_dropout_in_blocks_drops_the_same_weights_in_both_passes_and_keeps_the_e
     assert not torch.equal(out, causal_attention(q, k, v, dropout=0.25, path="blocks"))
 
 
+@pytest.mark.parametrize("B, T", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_an_empty_batch_and_no_positions_are_no_fault(B, T, path):
+    inputs = [x.requires_grad_() for x in random_problem(B, T, 16, 4, 2, 2, True)]
+    out = mea_attention(*inputs, path=path)
+    assert out.shape == (B, 4, T, 16)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), inputs))
+    if T:
+        with torch.no_grad():
+            assert mea_decode(inputs[0][:, :, -1:], *inputs[1:], path=path).shape == (B, 4, 1, 16)
+    if path != "triton":
+        q, k, v = attention_problem(B, T, T, 4, 2, 8, 16)
+        assert causal_attention(q, k, v, path=path).shape == (B, 4, T, 16)
+        assert causal_attention(q, k, v, torch.zeros(B, T, device=DEVICE).long(), path=path).shape == (B, 4, T, 16)
+
+
 # ---- decode ---------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +391,25 @@ def test_folding_one_side_only_is_composing_it_with_the_identity(path):
     assert relative_error(mea_decode(q[:, :, -1:], k, v, None, compose_v, norm_weight, path=path), exact) < 1e-5
 
 
+@needs_triton
+@pytest.mark.parametrize("composed", [True, False])
+def test_a_cache_may_hold_more_numbers_than_32_bits_count(composed):
+    """Heads lie 2^31 / 3 numbers and more apart, in memory that is reserved and, but for a few pages, never touched."""
+    torch.use_deterministic_algorithms(False)  # they would write NaN into all of it
+    n, D, used, apart = 4, 16, 20, 2**31 // 3 // 16 * 16 + 16
+    try:
+        memory = torch.empty(3 * apart + used * D, dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    cache = memory.as_strided((1, n, used, D), (memory.numel(), apart, D, 1))
+    q, near, _, *weights = random_problem(1, used, D, n, n, n, True, composed, dtype=torch.float16)
+    cache.copy_(near)
+    step = lambda heads: mea_decode(q[:, :, -1:], heads, heads, *weights, path="triton")
+    assert torch.equal(step(cache), step(near))
+    whole = lambda heads: mea_attention(q, heads, heads, *(None, None, weights[2]), path="triton")
+    assert torch.equal(whole(cache), whole(near))
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +426,25 @@ def test_the_loss_in_pieces_and_its_gradients_equal_cross_entropy(N, C, V, monke
         assert_close(got, wanted, rtol=1e-10, atol=1e-14)
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, targets).item() == loss.item()
+
+
+@pytest.mark.parametrize("ignored", [[], [3], range(37)], ids=["none", "one", "all"])
+def test_targets_of_minus_100_are_left_out_of_the_mean(ignored):
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(37, 5).double(), torch.randn(11, 5).double(), torch.randint(11, (37,))
+    targets[list(ignored)] = -100
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    results = lambda loss: (loss, *torch.autograd.grad(loss, inputs))
+    exact = results(F.cross_entropy(x @ weight.T, targets))
+    assert_close(results(linear_cross_entropy(x, weight, targets)), exact, equal_nan=True)
+    elsewhere = torch.compile(linear_cross_entropy, backend="eager")  # what a GPU runs, too
+    assert_close(results(elsewhere(x, weight, targets)), exact, equal_nan=True)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(5).long(), torch.zeros(4, 1).long()])
+def test_the_loss_wants_one_target_per_row(targets):
+    with pytest.raises(ValueError, match="targets for 4 rows: give one per row"):
+        linear_cross_entropy(torch.randn(4, 2), torch.randn(3, 2), targets)
 
 
 def test_the_loss_in_pieces_rounds_no_more_than_cross_entropy_in_bf16():
@@ -468,6 +524,33 @@ def test_the_log_says_once_that_the_kernels_are_untimed(fresh_choice):
     assert ["have not been timed on a GPU" in message for message in fresh_choice()] == [True]
 
 
+@needs_triton
+def test_triton_without_tuples_of_arguments_is_too_old(monkeypatch):
+    monkeypatch.setattr(kernels.triton, "__version__", "3.2.0")
+    assert kernels.triton_obstacle(torch.device(DEVICE), torch.float32, 16) == "triton 3.2.0 is older than 3.3"
+    monkeypatch.setattr(kernels.triton, "__version__", "3.10.0+git1234")
+    assert kernels.triton_obstacle(torch.device(DEVICE), torch.float32, 16) is None
+
+
+@pytest.mark.parametrize("version, faulty", [("2.11.0", True), ("2.12.0", False)])
+def test_old_mps_takes_the_formula_where_its_fused_attention_errs(version, faulty, monkeypatch):
+    """Grouped heads, values of another width, and absorbed components of other numbers; nothing else."""
+    called, sdpa, wrong = [], F.scaled_dot_product_attention, functional.sdpa_is_wrong
+    monkeypatch.setattr(functional, "sdpa_is_wrong", lambda device, *sizes: wrong(torch.device("mps"), *sizes))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: called.append(1) or sdpa(*a, **b))
+    for n, Dv, n_v, errs in [(4, 8, 2, False), (2, 8, 3, True), (4, 16, 1, True)]:
+        q, k, v = attention_problem(2, 9, 9, 4, n, 8, Dv)
+        assert_close(causal_attention(q, k, v, path="sdpa"), causal_attention(q, k, v, path="reference"))
+        q, k, v, compose_k, compose_v, _ = random_problem(1, 9, 8, 4, 2, n_v, False)
+        exact = mea_attention(q, k, v, compose_k, compose_v, path="reference")
+        fused = len(called)
+        assert_close(absorbed_attention(q, k, v, compose_k, compose_v), exact)
+        # absorbed attention falls back on composed heads, which are neither grouped nor of another width
+        assert (fused, len(called)) == ((0, 1) if errs and faulty else (1, 2))
+        called.clear()
+
+
 Q, K, V, COMPOSE_K, COMPOSE_V, NORM = random_problem(2, 6, 16, 4, 2, 3, True)
 WIDE, EYE = torch.zeros(1, 20, 1, 128, device=DEVICE), torch.eye(20, device=DEVICE)
 REFUSED = [
@@ -492,8 +575,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("function, arguments, path, message", REFUSED, ids=[case[-1] for case in REFUSED])
 def test_wrong_arguments_are_refused_with_what_is_wrong(function, arguments, path, message):
-    if path == "triton" and kernels.triton is None:
-        pytest.skip("triton is not installed")
+    if path == "triton" and NO_KERNELS:
+        pytest.skip(NO_KERNELS)
     with pytest.raises(ValueError, match=message):
         function(*arguments, path=path)
 
@@ -546,6 +629,66 @@ def test_works_under_torch_compile_without_graph_breaks(backend, path):
     with torch.no_grad():
         one = lambda *inputs: mea_decode(inputs[0][:, :, -1:], *inputs[1:], path=path)
         assert_close(compiled(one)(*inputs), one(*inputs))
+
+
+# ---- what only a GPU can show: pytest -m gpu ------------------------------------------------------------------------
+
+
+def on_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")(test))
+
+
+TOLERANCE = {torch.float32: 3e-3, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # float32 is tf32 on tensor cores
+
+
+@on_a_gpu
+@pytest.mark.parametrize("path", ["triton", "sdpa", "blocks"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, D", [(1, 16), (77, 80), (129, 64), (1000, 128), (2048, 32)])
+def test_outputs_and_gradients_equal_the_formula_in_float64(T, D, dtype, path):
+    torch.manual_seed(0)
+    inputs = [random_heads(2, 6, T, D, dtype), random_heads(2, 3, T, D, dtype), random_heads(2, 2, T, D, dtype)]
+    inputs += [torch.randn(n, 6, device="cuda") for n in (3, 2)] + [torch.randn(6, D, device="cuda")]
+    g = torch.randn(2, 6, T, D, device="cuda")
+
+    def run(tensors, path):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = mea_attention(*leaves, path=path)
+        return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
+
+    exact = run([x.double() for x in inputs], "reference")
+    for got, wanted in zip(run(inputs, path), exact):
+        assert relative_error(got, wanted) < TOLERANCE[dtype] * (1 if T > 1 else 4)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("S, n", [(1, 4), (300, 2), (5000, 1), (70000, 2)])
+def test_ragged_decoding_equals_the_formula_in_float64(S, n, dtype):
+    torch.manual_seed(0)
+    inputs = [random_heads(3, 8, 1, 64, dtype), random_heads(3, n, S, 64, dtype), random_heads(3, n, S, 64, dtype)]
+    inputs += [torch.randn(n, 8, device="cuda"), torch.randn(n, 8, device="cuda"), torch.randn(8, 64, device="cuda")]
+    lengths = torch.tensor([S, max(1, S // 3), 1], device="cuda")
+    exact = mea_decode(*(x.double() for x in inputs), lengths=lengths, path="reference")
+    assert relative_error(mea_decode(*inputs, lengths=lengths, path="triton"), exact) < TOLERANCE[dtype]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+@pytest.mark.parametrize("attention", ["mha", "mea", "dfa", "tha"])
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(attention, kernel, monkeypatch):
+    monkeypatch.setattr(functional, "_kernel", kernel)
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=64, n_layer=2, n_head=4, n_embd=128, block_size=96, attention=attention)
+    model, tokens = GPT(config).cuda(), torch.randint(64, (2, 97), device="cuda")
+
+    def gradients(function):
+        loss = function(tokens[:, :-1], tokens[:, 1:])[1]
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for plain, compiled in zip(gradients(model), gradients(torch.compile(model))):
+        assert relative_error(compiled, plain.double()) < 5e-3
 
 
 # ---- compiled ahead of time, in a process without the interpreter ---------------------------------------------------

@@ -177,16 +177,29 @@ def test_sampling_keeps_what_top_k_and_top_p_say():
     assert draw(top_p=0.51) == {0, 1}
     assert draw(top_p=0.9) == {0, 1, 2}
     assert draw(temperature=0) == {0}
+    for temperature in (1e-20, 1e-37, 1e-45, 5e-324):  # logits divided by it overflow float32, or it is 0 there
+        assert draw(temperature=temperature) == {0}
+        assert make().generate([[1, 2]], 9, temperature=temperature) == make().generate([[1, 2]], 9, temperature=0)
     drawn = sample_token(probabilities.log().repeat(20000, 1), 2.0, generator=generator())
     expected = probabilities[0].sqrt() / probabilities[0].sqrt().sum()
     assert (torch.bincount(drawn) / 20000 - expected).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(
-    "how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5), dict(max_new_tokens=-1)], ids=str
+    "how, message",
+    [
+        (dict(temperature=-1.0), "temperature must be at least 0 and finite, not -1.0"),
+        (dict(temperature=math.inf), "temperature must be at least 0 and finite, not inf"),
+        (dict(temperature=math.nan), "temperature must be at least 0 and finite, not nan"),
+        (dict(top_k=0), "top_k must be at least 1, not 0"),
+        (dict(top_p=0.0), "top_p must be above 0 and at most 1, not 0.0"),
+        (dict(top_p=1.5), "top_p must be above 0 and at most 1, not 1.5"),
+        (dict(max_new_tokens=-1), "max_new_tokens must be at least 0, not -1"),
+    ],
+    ids=str,
 )
-def test_senseless_sampling_is_refused(how):
-    with pytest.raises(ValueError, match=next(iter(how))):
+def test_senseless_sampling_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
         make().generate([[1]], **{"max_new_tokens": 2, **how})
     with pytest.raises(ValueError, match="at least one token"):
         make().generate([[]], 3)

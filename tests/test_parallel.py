@@ -18,6 +18,7 @@ import sample
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
+from data.prepare import prepare
 
 OPTIONS = "--preset tiny --threads 1 --device cpu --dtype float32 --batch_size 2 --schedule constant"
 OPTIONS += " --eval_every 10 --eval_windows 5 --save_every 10"
@@ -47,7 +48,8 @@ def assert_same_losses(a, b, rel=1e-5):
     a, b = metrics(a), metrics(b)
     assert [(line["step"], line["tokens"]) for line in a] == [(line["step"], line["tokens"]) for line in b]
     for first, second in zip(a, b):
-        for name in ("train_loss", "grad_norm", *(["val_loss"] if "val_loss" in first else [])):
+        loss = "train_kl" if "train_kl" in first else "train_loss"
+        for name in (loss, "grad_norm", *(["val_loss"] if "val_loss" in first else [])):
             assert first[name] == pytest.approx(second[name], rel=rel), (first["step"], name)
 
 
@@ -71,6 +73,43 @@ def test_a_run_goes_through_ddp_fsdp_and_one_process_as_if_it_had_been_one(tmp_p
     capsys.readouterr()
     sample.main(["--checkpoint", str(moved), "--prompt", "key", "--max_new_tokens", "5"])
     assert capsys.readouterr().out.startswith("key")
+
+
+@pytest.mark.slow
+def test_healing_in_two_processes_is_healing_in_one(tmp_path, data):
+    """A teacher, frozen weights, two texts and a window: through ddp, fsdp and one process as if it had been one."""
+    (tmp_path / "other.txt").write_text("KEY VALUE HEAD " * 1500)
+    prepare(source=str(tmp_path / "other.txt"), tokenizer=data, out_dir=tmp_path / "other")
+    alone("--data_dir", data, "--attention mha --max_steps 10 --out_dir", tmp_path / "teacher")
+    how = ["--data_dir", f"{data},{tmp_path / 'other'}", "--init_from", tmp_path / "teacher", "--teacher"]
+    how += [tmp_path / "teacher", "--attention mea --head_norm no --freeze k_proj,v_proj --window 24"]
+    alone(*how, "--grad_accum 2 --max_steps 12 --out_dir", tmp_path / "one")
+    for parallel in ("ddp", "fsdp"):
+        out = together(*how, "--max_steps 6 --parallel", parallel, "--out_dir", tmp_path / parallel)
+        assert "towards the predictions of" in out
+        together("--resume --max_steps 9 --out_dir", tmp_path / parallel)
+        alone("--resume --max_steps 12 --out_dir", tmp_path / parallel)
+        assert_same_losses(tmp_path / "one", tmp_path / parallel)
+        (one, _), (other, _) = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / parallel)
+        torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_that_comes_twice_saves_and_stops_once(tmp_path, data):
+    """torchrun passes on to its processes what the terminal has sent them already."""
+    process = launch("--data_dir", data, "--max_steps 400 --out_dir", tmp_path / "r")
+    while not (tmp_path / "r" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    for pause in (0.002, 0.02, 0.03):
+        for child in children.split():
+            os.kill(int(child), signal.SIGTERM)
+        time.sleep(pause)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("stopped by SIGTERM") == 1 and "saved; go on with" in errors
+    assert load_checkpoint(tmp_path / "r")[1]["step"] < 400
 
 
 @pytest.mark.slow

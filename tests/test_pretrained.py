@@ -3,13 +3,15 @@ refused.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from test_train import arguments, files_of_at_most
+from test_train import arguments, files_of_at_most, refused
 
+import huggingface
 import sample
 import train
 from data.dataset import open_dataset
@@ -318,6 +320,64 @@ def test_writing_takes_nothing_away_and_leaves_nothing_half_done(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "notes"]
 
 
+def test_what_stands_in_the_way_is_named(llama, tmp_path):
+    whole = load_file(llama / "model.safetensors")
+    q = "model.layers.1.self_attn.q_proj.weight"
+    nan = {**whole, q: whole[q].clone()}
+    nan[q][3, 4] = torch.nan
+    tied = dict(tie_word_embeddings=True)
+    biased = {**whole}
+    for layer in range(2):
+        for name, width in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+            biased[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = torch.full((width,), 0.1)
+    for weights, config, words in (
+        (nan, {}, "layers.1.self_attn.q_proj.weight holds numbers that are not finite"),
+        (whole, tied, "ties lm_head.weight to the embedding, and its weights differ|unexpected_keys: lm_head"),
+        (biased, dict(attention_bias=True), "o_proj.bias is a bias on the output projection"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            from_pretrained(changed(llama, tmp_path, weights, **config))
+    silent = {name: torch.zeros_like(w) if name.endswith("o_proj.bias") else w for name, w in biased.items()}
+    folder = changed(llama, tmp_path, silent, attention_bias=True)
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_logits(from_pretrained(folder), theirs)
+
+
+def test_no_code_of_a_folder_runs(llama, tmp_path, monkeypatch):
+    """A config.json may name Python files of its own: they are not run, and nobody is asked whether they should be."""
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = dict(AutoConfig="own.C", AutoModelForCausalLM="own.M")
+    folder = changed(llama, tmp_path, model_type="own", architectures=["M"], auto_map=names)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="transformers cannot load"):
+        load_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for path in ("out/smal", "./a/b", "../a/b", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_leave_in_the_dtype_they_came_in_or_the_one_asked_for(llama, tmp_path, dtype):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "in")
+    ours, state = load_checkpoint(tmp_path / "in")
+    to_pretrained(ours, tmp_path / "out", pretrained=state["pretrained"])
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    to_pretrained(ours, tmp_path / "asked", pretrained=state["pretrained"], dtype="float16")
+    assert {w.dtype for w in load_file(tmp_path / "asked" / "model.safetensors").values()} == {torch.float16}
+
+
 # --- The programs
 
 
@@ -374,6 +434,47 @@ def test_an_exported_folder_has_its_tokenizer(with_tokenizer, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("w1 w2").input_ids == [0, 4, 5]
     eos = transformers.AutoConfig.from_pretrained(tmp_path / "new").eos_token_id
     assert load_tokenizer(tmp_path / "new").end_of_text == eos == 1
+
+
+def test_the_program_exports_what_train_py_made_with_what_stood_beside_the_weights(with_tokenizer, tmp_path, capsys):
+    """Fine-tuned from a folder: its chat template, its start of text, its generation settings, its dtype."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(with_tokenizer, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (tmp_path / "hf" / "generation_config.json").write_text(
+        '{"temperature": 0.3, "do_sample": true, "eos_token_id": 1}'
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").to(torch.bfloat16).save_pretrained(
+        tmp_path / "hf"
+    )
+    (tmp_path / "hf" / "generation_config.json").write_text(
+        '{"temperature": 0.3, "do_sample": true, "eos_token_id": 1}'
+    )
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i % 30} w{i * i % 30}" for i in range(3000)))
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=f"hf:{tmp_path / 'hf'}", out_dir=tmp_path / "set")
+    base = "--preset tiny --threads 1 --device cpu --max_steps 2 --learning_rate 1e-3 --data_dir"
+    train.main(arguments(base, tmp_path / "set", "--init_from", tmp_path / "hf", "--out_dir", tmp_path / "run"))
+    huggingface.main(arguments("--checkpoint", tmp_path / "run", "--out_dir", tmp_path / "new"))
+    assert "transformers loads to the same logits" in capsys.readouterr().out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.temperature == 0.3
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert tokenizer.apply_chat_template([dict(role="user", content="w1 w2")], tokenize=False) == "w1 w2"
+    assert tokenizer("w1 w2").input_ids == [0, 4, 5] and loaded.config.bos_token_id == 0
+    ours, state = load_checkpoint(tmp_path / "run")
+    assert_same_logits(ours.bfloat16(), loaded)
+
+    train.main(arguments(base, tmp_path / "set", "--out_dir", tmp_path / "scratch --attention mha"))
+    huggingface.main(arguments("--checkpoint", tmp_path / "scratch"))  # saw no <s>: neither does who reads it there
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "scratch-hf")("w1 w2").input_ids == [4, 5]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "scratch-hf").bos_token_id is None
+    capsys.readouterr()
+    for wrong, said in (
+        (["--checkpoint", tmp_path / "scratch", "--out_dir", tmp_path / "new"], "exists already"),
+        (["--checkpoint", tmp_path / "scratch", "--overwrite --out_dir", tmp_path / "run"], "no Hugging Face folder"),
+    ):
+        assert said in refused(capsys, huggingface.main, *wrong)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_training_starts_from_a_folder(with_tokenizer, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,10 @@
 
 import json
 import random
+import shutil
+import sys
 import time
+import types
 from collections import Counter
 
 import pytest
@@ -169,12 +172,54 @@ def test_tiktoken_without_a_network_is_one_clear_line(monkeypatch):
 
 
 def test_unknown_names_and_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'gpt9'.*byte, bpe, hf:FOLDER"):
+    with pytest.raises(ValueError, match="'gpt9'.*byte, bpe, hf:FOLDER, hf:OWNER/NAME"):
         get_tokenizer("gpt9")
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         get_tokenizer(f"hf:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(tmp_path / "nothing.json")
+
+
+def hub(monkeypatch, folder):
+    """A stand-in for huggingface_hub, without a network; returns the list of what it is asked for."""
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        asked.append(name)
+        assert "tokenizer.json" in allow_patterns and not any("*" in pattern for pattern in allow_patterns)
+        if folder is None:
+            raise RuntimeError("LocalEntryNotFoundError: no route\nto host")
+        return str(folder)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    return asked
+
+
+def test_a_name_on_the_hub_is_fetched_unless_there_is_a_folder(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch, hf_folder)
+    tokenizer = get_tokenizer("hf:org/some-model_1.5")
+    assert tokenizer.name == "hf:org/some-model_1.5" and tokenizer.encode(CORPUS) and asked == ["org/some-model_1.5"]
+    for typo in ("hf:nowhere", "hf:no/such/folder", "hf:./a/b", "hf:../b", "hf:/a/b", f"hf:{tmp_path / 'x'}"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            get_tokenizer(typo)
+    (tmp_path / "org").mkdir()  # a path on this disk, mistyped
+    with pytest.raises(FileNotFoundError, match="org/some-modle does not exist"):
+        get_tokenizer("hf:org/some-modle")
+    shutil.copytree(hf_folder, tmp_path / "org" / "some-model_1.5")
+    assert get_tokenizer("hf:org/some-model_1.5").name == "hf:some-model_1.5" and len(asked) == 1
+
+
+def test_a_name_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+    hub(monkeypatch, None)
+    with pytest.raises(OSError, match="^hf:org/model is no folder here, and it could not be fetched.*network$"):
+        get_tokenizer("hf:org/model")
+    hub(monkeypatch, tmp_path)  # a model without a tokenizer.json
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        get_tokenizer("hf:org/model")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="^hf:org/model is no folder here.*pip install huggingface_hub$"):
+        get_tokenizer("hf:org/model")
 
 
 def test_hugging_face_end_of_text_is_the_one_of_its_config(hf_folder, tmp_path):
@@ -304,8 +349,23 @@ def test_missing_tokenizers_package_is_named(monkeypatch, tmp_path):
         get_tokenizer(f"hf:{tmp_path}")
 
 
-@pytest.mark.parametrize("content", ["", "null", "{}", '{"format": 1, "kind": "bpe"}', '{"format": 1, "kind": "new"}'])
+OURS = [
+    {"kind": "bpe"},
+    {"kind": "new"},
+    {"kind": "tiktoken"},
+    {"kind": "tiktoken", "name": 3},
+    {"kind": "hf"},
+    {"kind": []},
+]
+OURS += [
+    {"kind": "bpe", "split": SPLIT, **rest} for rest in ({}, {"merged": 3}, {"merged": [3]}, {"merged": ["\u4f60"]})
+]
+
+
+@pytest.mark.parametrize("content", ["", "null", "{}", *(json.dumps({"format": 1, **state}) for state in OURS)])
 def test_what_is_no_tokenizer_file_is_refused_by_name(content, tmp_path):
+    if content == "{}":  # anything may be a Hugging Face tokenizer
+        pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
