@@ -88,15 +88,12 @@ class RMSNormFunction(torch.autograd.Function):
 def compose_heads(components, weight):
     """Head-level linear composition, the idea at the top of attention.py: out_h = sum_c weight[c, h] components_c.
 
-    (B, Hc, T, D), (Hc, H) -> (B, H, T, D) (2601.19611, eq. 10). Written as matmuls over (B, T), which move nothing in a
-    projection's memory (B, T, Hc, D).
+    (B, Hc, T, D), (Hc, H) -> (B, H, T, D) (2601.19611, eq. 10). A weight of None: the heads are composed already.
+    Written as matmuls over (B, T), which move nothing in a projection's memory (B, T, Hc, D).
     """
+    if weight is None:
+        return components
     return (weight.to(components.dtype).t() @ components.transpose(1, 2)).transpose(1, 2)
-
-
-def composed(heads, weight):
-    """`compose_heads`, or the heads themselves where they are composed already and there is no weight."""
-    return heads if weight is None else compose_heads(heads, weight)
 
 
 IGNORED = -100  # a target that is no target, as in F.cross_entropy
@@ -440,7 +437,7 @@ def composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path, po
     if absorb:
         out = absorbed_attention(q, k, v, compose_k, compose_v, positions)
     else:
-        out = causal_attention(q, composed(k, compose_k), composed(v, compose_v), positions, path=path)
+        out = causal_attention(q, compose_heads(k, compose_k), compose_heads(v, compose_v), positions, path=path)
     return (out if norm_weight is None else rms_norm(out, norm_weight[:, None], eps)).to(dtype)
 
 
@@ -464,7 +461,8 @@ def mea_attention(
     path = choose_path("mea_attention", path, q, k, gradient, obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         if path == "triton":
-            return attention_op(q, composed(k, compose_k), composed(v, compose_v), norm_weight, eps, gradient)[0]
+            k, v = compose_heads(k, compose_k), compose_heads(v, compose_v)
+            return attention_op(q, k, v, norm_weight, eps, gradient)[0]
         return composed_attention(q, k, v, compose_k, compose_v, norm_weight, eps, path)
 
 

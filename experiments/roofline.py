@@ -34,7 +34,6 @@ from kernels import triton
 
 if triton is not None:
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +174,8 @@ def compile_ahead(target, kernel, arguments, options):
     shared, warps = binary.metadata.shared, build.get("num_warps", 4)
     reserved = 1024 if backend == "cuda" else 0  # bytes of shared memory that CUDA itself takes per block
     if backend == "cuda":
+        from triton.backends.nvidia.compiler import get_ptxas  # not in triton 3.2
+
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(asm)
             file.flush()
@@ -345,7 +346,7 @@ def main(argv=None):
     targets = o.targets.split(",") if o.targets else []
     if unknown := [target for target in targets if target not in TARGETS]:
         fail(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
-    if targets and (triton is None or triton.knobs.runtime.interpret):
+    if targets and (triton is None or kernels.INTERPRETED):
         fail("--targets needs triton (pip install triton), without TRITON_INTERPRET in the environment")
     if targets:
         print_compiled(targets)
