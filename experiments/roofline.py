@@ -358,7 +358,7 @@ def print_blocks(rounds=9, heads=64):
 @dataclass
 class Options:
     blocks: bool = option(False, "time attention in blocks of queries beside torch's fused attention")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
     targets: str = option("", f"GPUs to compile for, with commas between them: of {', '.join(TARGETS)}")
 
 
