@@ -118,8 +118,8 @@ class Attention(nn.Module):
         self.check_heads(self.n_head, self.n_k, self.n_v)
         heads = self.n_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, heads, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_k * config.cached_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_v * config.cached_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.n_embd, self.n_k * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.n_embd, self.n_v * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads, config.n_embd, bias=False)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
@@ -149,9 +149,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         B, T, _ = x.shape
         q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
-        k, v = (heads.unflatten(2, (-1, self.config.cached_dim)) for heads in self.project(x, cache))  # (B, T, n, D)
+        k, v = (heads.unflatten(2, (-1, self.head_dim)) for heads in self.project(x, cache))  # (B, T, n, D)
         if self.caches_rotated_keys:
-            k = self.rotate_keys(k, rope)
+            k = apply_rope(self.k_norm(k), rope)
         positions = None
         if cache is not None:
             k, v, positions = cache.append(k, v)  # (B, S, n, D)
@@ -159,10 +159,6 @@ class Attention(nn.Module):
             k = apply_rope(self.k_norm(self.rebuild_keys(k)), rope if cache is None else cache.rope(k.size(1)))
         y = self.normed_heads(x, *(heads.transpose(1, 2) for heads in (q, k, v)), positions)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
-
-    def rotate_keys(self, k, rope):
-        """New keys (B, T, n_k, D) as they are cached."""
-        return apply_rope(self.k_norm(k), rope)
 
     def project(self, x, cache):
         """Keys (B, T, n_k*D) and values (B, T, n_v*D)."""
@@ -405,13 +401,13 @@ class MEA(Attention):
 class Latent(Attention):
     """Attention from a low-rank cache: keys and values of all heads are linear in two short vectors per position.
 
-    c_k = W_k x and c_v = W_v x are cached: n_k*W and n_v*W numbers, with W = config.latent_dim (default: D). Keys and
-    values of `config.latent_heads` heads (default: all) are  V = U_v c_v  and
-      K = RoPE(U_k c_k)   what MLA caches (2405.04434), without its extra rotary head. U_k may be any matrix, and keys
-                          are rebuilt whenever they are read: 2 n D n_k W FLOPs a cached position for every new token.
-      K = U_k RoPE(c_k)   config.latent_rotated: pair j of c_k turns by frequency `pairs[j]`, and equals the above as
-                          far as U_k mixes only pairs of one frequency. Each query absorbs U_k, nothing is rebuilt.
-    MEA's cache is the second with U made of w[c, h] times the identity.
+    c_k = W_k x and c_v = W_v x are cached, n_k*D and n_v*D numbers. Keys and values of `config.latent_heads` heads
+    (default: all) are
+
+        K = RoPE(U_k c_k),   V = U_v c_v,
+
+    which is what MLA caches (2405.04434), without its extra rotary head. U_k and U_v may be any matrices; keys are
+    rebuilt whenever they are read: 2 n D n_k D FLOPs a cached position for every new token.
     """
 
     caches_rotated_keys = False
@@ -420,40 +416,26 @@ class Latent(Attention):
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
-        self.caches_rotated_keys = config.latent_rotated
         self.n_rebuilt = config.latent_heads or config.n_head
         self.k_up_proj, self.v_up_proj = (
-            nn.Linear(n * config.cached_dim, self.n_rebuilt * self.head_dim, bias=False) for n in (self.n_k, self.n_v)
+            nn.Linear(n * self.head_dim, self.n_rebuilt * self.head_dim, bias=False) for n in (self.n_k, self.n_v)
         )
-        if config.latent_rotated:
-            self.register_buffer("pairs", torch.arange(self.n_k * config.cached_dim // 2) % (self.head_dim // 2))
-
-    def rotate_keys(self, k, rope):
-        """c_k (B, T, n_k, W), one wide head: j and what stands half the width behind it turn by frequency pairs[j]."""
-        columns = torch.cat((self.pairs, self.pairs + self.head_dim // 2))
-        return apply_rope(k.flatten(2).unsqueeze(2), tuple(table[..., columns] for table in rope)).view_as(k)
 
     def rebuild_keys(self, c):
-        """(B, S, n_k, W) -> (B, S, n, D)."""
+        """(B, S, n_k, D) -> (B, S, n, D)."""
         return self.k_up_proj(c.flatten(2)).unflatten(2, (-1, self.head_dim))
 
     def attend(self, x, q, k, v, positions):
-        c_v = v.transpose(1, 2).flatten(2)  # (B, S, n_v*W)
-        rotated = k.transpose(1, 2)  # (B, S, n_k, W), or with keys that are rebuilt already (B, S, n, D)
+        c_v = v.transpose(1, 2).flatten(2)  # (B, S, n_v*D); the keys (B, n, S, D) are rebuilt already
         if q.size(2) > 1 or self.drop:
             v = self.v_up_proj(c_v).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, n, S, D)
-            k = self.rebuild_keys(rotated).transpose(1, 2) if self.caches_rotated_keys else k
             return causal_attention(q, k, v, positions, self.drop)
-        up_k, up_v = (u.weight.view(self.n_rebuilt, self.head_dim, -1) for u in (self.k_up_proj, self.v_up_proj))
+        up_v = self.v_up_proj.weight.view(self.n_rebuilt, self.head_dim, -1)  # (n, D, n_v*D)
         q = q.squeeze(2).unflatten(1, (self.n_rebuilt, -1))  # (B, n, H/n, D)
-        if self.caches_rotated_keys:
-            scores = (q @ up_k).flatten(1, 2) @ rotated.flatten(2).mT  # (B, H, n_k*W) @ (B, n_k*W, S)
-        else:
-            scores = (q @ k.mT).flatten(1, 2)  # (B, H, S)
-        scores = scores * self.head_dim**-0.5
+        scores = (q @ k.mT).flatten(1, 2) * self.head_dim**-0.5  # (B, H, S)
         if positions is not None:
             scores = scores.masked_fill(~causal_mask(1, k.size(2), positions)[:, 0], -math.inf)
-        average = scores.softmax(-1).to(c_v.dtype) @ c_v  # (B, H, n_v*W): U_v goes behind it
+        average = scores.softmax(-1).to(c_v.dtype) @ c_v  # (B, H, n_v*D): U_v goes behind it
         return (average.unflatten(1, (self.n_rebuilt, -1)) @ up_v.mT).flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
 
 

@@ -1,19 +1,20 @@
 """Half the KV cache: a trained model's attention layers are replaced by smaller ones, and what that costs is measured.
 
     python compress.py --checkpoint out/small --kv_ratio 0.5 --out_dir out/small-half
-    python compress.py --checkpoint out/small --method latent --out_dir out/small-latent
-    python compress.py --checkpoint FOLDER --data_dir data/d --calibration_data data/a,data/b
+    python compress.py --checkpoint out/mha --method gqa --out_dir out/mha-half
+    python compress.py --checkpoint FOLDER --method gqa --data_dir data/d --calibration_data data/a,data/b
 
-Virtual heads are the paper's format: fewer component heads are cached, and MEA mixes them back as it reads them. What
-is mixed may be mapped as well, if the map costs nothing: a value head by any matrix, which goes into W^O, a key head by
-a complex number for each pair that RoPE turns, which goes into the queries. A latent caches one short vector for the
-keys of all heads and one for the values: any mix of features, so it loses less; what it pays is that its keys have to
-be rebuilt and rotated whenever they are read. Between the two, `--method absorbed` mixes keys only as RoPE allows: they
-are cached rotated, and queries absorb the mix.
+Three formats hold the same bytes. **Virtual heads** are the paper's: fewer component heads are cached, and MEA mixes
+them back as it reads them; what is mixed may be mapped as well, where the map costs nothing: a value head by any
+matrix, which goes into W^O, a key head by a complex number for each pair that RoPE turns, which goes into the queries.
+**Grouped heads** (`gqa`) are a plain MHA, which every engine runs: key/value heads are joined into groups, and each
+group keeps the pairs of keys, and the directions of values, that lose least. Queries and W^O absorb how they are read.
+**Latents** are one short vector for the keys of all heads and one for the values: any mix of features, so they lose
+least; what they pay is that keys have to be rebuilt and rotated whenever they are read.
 
-`compress_layer` replaces one layer, `calibrate` shows a model text, `compress` replaces its layers one by one, `probe`
-finds out which layers can spare how many heads. At the end stands the command that heals: `train.py` trains what is
-left towards the original. Read `attention.py` and `lowrank.py` first.
+`compress_layer` replaces one layer, `join_heads` does for grouped heads, `calibrate` shows a model text, `compress`
+replaces its layers one by one, `probe` finds out which layers can spare how many heads. At the end stands the command
+that heals: `train.py` trains what is left towards the original. Read `attention.py` and `lowrank.py` first.
 """
 
 from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, run_program, say
@@ -21,6 +22,7 @@ from options import progress, write_atomically
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import shlex
@@ -30,13 +32,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from attention import ATTENTION, MEA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
+from attention import ATTENTION, MEA, MHA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
 from checkpoint import FORMAT, load_checkpoint, save_checkpoint, starts_bare
 from data.dataset import open_dataset
 from data.sampler import validation_windows
 from data.texts import Turns, begin
 from functional import PATHS, linear_cross_entropy, set_kernel
-from lowrank import approximate, latent_maps
+from lowrank import approximate, keep_features, keep_pairs, shared_pairs, spectrum
 from runs import describe_data, same_tokenizer
 from train import evaluate
 
@@ -46,7 +48,7 @@ from train import evaluate
 
 @dataclass
 class Method:
-    """How a layer is compressed: `form` is that of the maps T of lowrank.py's (2), or says what its (1) may mix."""
+    """How a layer is compressed: `form` is that of the maps T of lowrank.py's (2), or "latent" or "grouped" heads."""
 
     form: str
     sees_data: bool = True  # outputs instead of weights
@@ -63,12 +65,16 @@ METHODS = {
     "aligned": Method("any", weighs=True, refits=True),
     "whitened": Method("latent"),
     "latent": Method("latent", weighs=True, refits=True),
-    "absorbed": Method("rotary", weighs=True, refits=True),
+    "gqa": Method("grouped", weighs=True, refits=True),
 }
 
 
 def is_latent(method):
-    return METHODS[method].form in ("latent", "rotary")
+    return METHODS[method].form == "latent"
+
+
+def is_grouped(method):
+    return METHODS[method].form == "grouped"
 
 
 def effective_heads(attn, kind):
@@ -168,7 +174,7 @@ class Calibration:
 
 
 @torch.no_grad()
-def refit_output(new, calibration, ridge=0.03):
+def refit_output(new, calibration, rope, ridge=0.03):
     """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W -
     W_now|^2.
 
@@ -181,7 +187,7 @@ def refit_output(new, calibration, ridge=0.03):
     for x, output in zip(calibration.inputs, calibration.outputs):
         heads.clear()
         with autocast(x.device, calibration.dtype):
-            lost = (output - new(x, calibration.rope)).flatten(0, 1).float()  # (B*T, C)
+            lost = (output - new(x, rope)).flatten(0, 1).float()  # (B*T, C)
         gram, product = gram + (heads[0].T @ heads[0]).double(), product + (lost.T @ heads[0]).double()
     hook.remove()
     gram.diagonal().add_((ridge * gram.diagonal().mean()).clamp_min(TINY))
@@ -199,14 +205,34 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
+def observed(attn, kind, moments, how):
+    """What `approximate` and `spectrum` want to know of a layer's keys or values: (W (n, D, C [+ 1]), the one that each
+    query head reads, moment, metric, form of the maps)."""
+    weight, reader = effective_heads(attn, kind)
+    moment = None
+    if moments is not None:
+        moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
+        plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
+        moment = moment + 1e-4 * moment.trace() / plain.trace().clamp_min(TINY) * plain
+    form = how.form
+    if form == "any" and (moments is None or kind == "v" and isinstance(attn.head_norm, HeadNorm)):
+        form = "rotations"  # without data, wider maps only fit the weights better
+    metric = None
+    if how.weighs or form == "rotations":
+        queries = moments["q"].cpu() if moments is not None else None
+        metric = error_metric(attn, kind, weight, reader, moment, queries, form == "rotations")
+    return weight, reader, moment, metric, form
+
+
 @torch.no_grad()
 def compress_layer(attn, config, layer, method, calibration=None):
     """(the MEA or Latent that replaces `attn`, {"k": error, "v": error}) with what config.kv_heads(layer) says cached.
 
-    (2): B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into q_proj as q_h <- T_h^T q_h and
-    into the columns of W^O that read head h. A head norm is blind to rotations only, and its gain, which is not, goes
-    into W^O first. (1): P becomes k_proj and v_proj, U k_up_proj and v_up_proj. Keys or values that keep all their
-    heads stay as they are. `calibration` as from `calibrate`; without it weights stand in for the data.
+    Virtual heads, (2) of lowrank.py: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into
+    q_proj as q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and
+    its gain, which is not, goes into W^O first. Latents, (1): P becomes k_proj and v_proj, U k_up_proj and v_up_proj.
+    Keys or values that keep all their heads stay as they are. `calibration` as from `calibrate`; without it weights
+    stand in for the data.
     """
     device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
     new, how = ATTENTION[config.attention](config, layer).to(attn.q_proj.weight), METHODS[method]
@@ -220,35 +246,22 @@ def compress_layer(attn, config, layer, method, calibration=None):
             if f"{kind}_proj.weight" in kept and not is_latent(method):
                 getattr(new, f"compose_{kind}").copy_(composition(attn, kind))
                 continue
-            weight, reader = effective_heads(attn, kind)
-            moment = None
-            if moments is not None:
-                moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
-                plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
-                moment = moment + 1e-4 * moment.trace() / plain.trace().clamp_min(TINY) * plain
-            normed, form = kind == "v" and isinstance(attn.head_norm, HeadNorm), how.form
-            if form == "any" and (normed or moments is None):  # without data, wider maps only fit the weights better
-                form = "rotations"
-            metric = None
-            if how.weighs or form == "rotations":
-                queries = moments["q"].cpu() if moments is not None else None
-                metric = error_metric(attn, kind, weight, reader, moment, queries, form == "rotations")
+            weight, reader, moment, metric, form = observed(attn, kind, moments, how)
             if is_latent(method):
-                mixed = kind if form == "rotary" else "v"
-                down, up, errors[kind], pairs = latent_maps(weight, rank * config.cached_dim, mixed, moment, metric)
-                if pairs is not None:
-                    new.pairs.copy_(pairs)
-                up = up.unflatten(0, weight.shape[:2])[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
+                found = spectrum(weight, "v", moment, metric)  # keys, too: they are cached before RoPE
+                down, up, errors[kind] = keep_features(found, rank * config.head_dim)
+                up = up[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
                 getattr(new, f"{kind}_up_proj").weight.copy_(up)
             else:
                 w, maps, down, history = approximate(weight, min(rank, len(weight)), kind, form, moment, metric)
                 errors[kind], down = history[-1], down.flatten(0, 1)
                 getattr(new, f"compose_{kind}").copy_(F.pad(w, (0, 0, 0, rank - len(w)))[:, reader])
-                absorb_maps(new, attn, kind, maps[reader], normed and form == "rotations")
+                takes_gain = kind == "v" and form == "rotations" and isinstance(attn.head_norm, HeadNorm)
+                absorb_maps(new, attn, kind, maps[reader], takes_gain)
             set_rows(getattr(new, f"{kind}_proj"), down)
     new = new.to(device)
     if moments is not None and how.refits:
-        refit_output(new, calibration)
+        refit_output(new, calibration, calibration.rope)
     return new, errors
 
 
@@ -275,6 +288,111 @@ def absorb_maps(new, attn, kind, maps, takes_gain):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Grouped heads
+
+
+def unfold(attn):
+    """The equal MHA, with a key/value head for each query head, of an MEA without norms; an MHA is one already."""
+    if not isinstance(attn, MEA):
+        return attn
+    config = replace(attn.config, attention="mha", n_kv_head=attn.n_head, compose="full", mea_form="auto")
+    new = MHA(config, attn.layer).to(attn.q_proj.weight)
+    new.load_state_dict({n: w for n, w in attn.state_dict().items() if n.startswith(("q_", "o_"))}, strict=False)
+    for kind in "kv":
+        heads, reader = effective_heads(attn, kind)
+        set_rows(getattr(new, f"{kind}_proj"), heads[reader].flatten(0, 1))
+    return new
+
+
+def joined(heads, kind, group):
+    """The `Spectrum` of a group of heads, a list of numbers, of what `observed` says of all."""
+    weight, _, moment, metric, _ = heads
+    if moment is not None:
+        n, D, _ = weight.shape
+        moment = moment.view(n, D, n, D)[group][:, :, group].flatten(2).flatten(0, 1)
+    return spectrum(weight[group], kind, moment, None if metric is None else metric[group])
+
+
+def choose_groups(cost, n, n_groups):
+    """Divide heads 0 .. n-1 into lists of as many: neighbours first, then two heads change places as long as the sum of
+    cost(group) falls."""
+    size, known = n // n_groups, {}
+
+    def price(*groups):
+        for group in map(frozenset, groups):
+            known[group] = known[group] if group in known else cost(sorted(group))
+        return sum(known[frozenset(group)] for group in groups)
+
+    groups = [list(range(first, first + size)) for first in range(0, n, size)]
+    changed = size > 1
+    while changed:
+        changed = False
+        for a, b in itertools.combinations(groups, 2):
+            for i, j in itertools.product(range(size), repeat=2):
+                before = price(a, b)
+                a[i], b[j] = b[j], a[i]
+                if price(a, b) < before * (1 - 1e-6):
+                    changed = True
+                else:
+                    a[i], b[j] = b[j], a[i]
+    return [sorted(group) for group in groups]
+
+
+def layer_groups(attn, config, calibration):
+    """(the groups of a layer's heads, [energies (D/2, any) of each group's keys, as shares of the layer's])."""
+    how, W = METHODS["gqa"], config.head_dim
+    attn, moments = copy.deepcopy(attn).cpu(), None if calibration is None else calibration.moments
+    with one_thread():
+        heads = {kind: observed(attn, kind, moments, how) for kind in "kv"}
+        energies = lambda kind, group: joined(heads[kind], kind, group).energies
+        all_heads = list(range(attn.n_k))
+        total = {kind: energies(kind, all_heads).sum().clamp_min(TINY) for kind in "kv"}
+
+        def lost(group):
+            each = ((kind, energies(kind, group).flatten().sort(descending=True).values / total[kind]) for kind in "kv")
+            return sum(values[W // 2 if kind == "k" else W :].sum().item() for kind, values in each)
+
+        groups = choose_groups(lost, attn.n_k, config.n_kv_head)
+        return groups, [energies("k", group) / total["k"] for group in groups]
+
+
+@torch.no_grad()
+def join_heads(attn, config, layer, groups, pairs, calibration=None):
+    """(the MHA that replaces the MHA `attn`, {"k": error, "v": error}): each of `groups` becomes one key/value head.
+
+    With (1) of lowrank.py for a group: P becomes its rows of k_proj and v_proj. U_h goes into q_proj, as q_h <- U_h^T
+    q_h sqrt(W / D), for scores are divided by the root of the width W, and into the columns of W^O that read head h.
+    Query heads are put in the order of the groups. `pairs` (W/2) are pairs of the old heads.
+    """
+    device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()
+    moments = None if calibration is None else calibration.moments
+    new, W = MHA(config, layer).to(attn.q_proj.weight), config.head_dim
+    n, H, D = attn.n_k, attn.n_head, attn.head_dim
+    order = torch.tensor(sum(groups, []))  # of key/value heads
+    readers = (order[:, None] * (H // n) + torch.arange(H // n)).flatten()  # of query heads
+    errors, up = {}, {}
+    with one_thread():
+        for kind in "kv":
+            heads = observed(attn, kind, moments, METHODS["gqa"])
+            found = [joined(heads, kind, group) for group in groups]
+            kept = [keep_pairs(each, pairs) if kind == "k" else keep_features(each, W) for each in found]
+            set_rows(getattr(new, f"{kind}_proj"), torch.cat([down for down, _, _ in kept]))
+            up[kind] = torch.cat([maps for _, maps, _ in kept]).repeat_interleave(H // n, dim=0)  # (H, D, W)
+            energies = [each.energies.sum().item() for each in found]
+            lost = sum(share * energy for (_, _, share), energy in zip(kept, energies))
+            errors[kind] = lost / max(sum(energies), TINY)
+        for q, old in zip(new.q_proj.parameters(), attn.q_proj.parameters()):  # (H*D, C) and a bias (H*D)
+            old = old.double().view(H, D, -1)[readers]
+            q.copy_((up["k"].mT @ old * (W / D) ** 0.5).reshape(q.shape))
+        o = attn.o_proj.weight.double().view(-1, H, D)[:, readers]
+        new.o_proj.weight.copy_(torch.einsum("mhd,hdw->mhw", o, up["v"]).flatten(1))
+    new = new.to(device)
+    if moments is not None:
+        refit_output(new, calibration, rope_of_pairs(calibration.rope, pairs))
+    return new, errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A model
 
 
@@ -290,76 +408,116 @@ def keys_stay(config, method):
     return config.qk_norm and METHODS[method].form != "latent"
 
 
-def units(config, method):
-    """In how many parts `method` may cut a head: widths by frequency need not be those of heads."""
-    return 4 if METHODS[method].form == "rotary" and config.head_dim % 8 == 0 else 1
+def cached_now(config):
+    """One (n_k, n_v) per layer of what the model caches."""
+    return [tuple(config.kv_heads(layer)) for layer in range(config.n_layer)]
 
 
-def cached_now(config, method):
-    """One (n_k, n_v) per layer of what the model caches, in `units`."""
-    return [tuple(n * units(config, method) for n in config.kv_heads(layer)) for layer in range(config.n_layer)]
-
-
-def uniform_ranks(config, kv_ratio, budget="all", method="aligned"):
+def uniform_ranks(config, kv_ratio, budget="all", method="aligned", kv_groups=None):
     """One (n_k, n_v) per layer: `kv_ratio` of the heads that each layer of the budget caches now.
 
-    Keys and values keep as many; an odd one is a key head, of a latent a value head, whichever costs less. Keys of
-    `absorbed` take 7 of 12 numbers, the best of the splits in experiments/LOG.md, and keys behind a QK-norm stay:
-    values give up all. Raises ValueError, naming what is possible, for a ratio that is no number of heads.
+    Keys and values keep as many; an odd one is a key head, of a latent a value head, whichever costs less. Keys behind
+    a QK-norm stay: values give up all. Of grouped heads the pairs are numbers, not heads: every layer's n_kv_head times
+    its width. Raises ValueError, naming what is possible, for a ratio that cannot be.
     """
-    ranks = cached_now(config, method)
+    if is_grouped(method):
+        return grouped_ranks(config, kv_ratio, budget, kv_groups)
+    ranks = cached_now(config)
     layers, stay = BUDGETS[budget](config.n_layer), keys_stay(config, method)
     if not layers:
         raise ValueError(f"budget {budget} leaves none of {config.n_layer} layers to compress: use all or probe")
     for layer in layers:
         n_k, n_v = ranks[layer]
         what = f"{n_k} key and {n_v} value heads" + " (keys behind a QK-norm stay)" * stay
-        heads = check_ratio(kv_ratio, n_k + n_v, n_k + 1 if stay else 2, what)
-        wanted = {"latent": heads // 2, "rotary": round(7 * heads / 12)}.get(METHODS[method].form, heads - heads // 2)
-        keys = n_k if stay else max(heads - n_v, min(n_k, wanted))
+        heads = check_ratio(kv_ratio, n_k + n_v, n_k + 1 if stay else 2, what, hint=parts_hint(config))
+        keys = n_k if stay else max(heads - n_v, min(n_k, heads // 2 if is_latent(method) else heads - heads // 2))
         ranks[layer] = keys, heads - keys
     return ranks
 
 
-def check_ratio(kv_ratio, heads, fewest, what):
-    """kv_ratio * heads, a whole number of at least `fewest` but for rounding of the ratio. Raises ValueError, naming
+def grouped_ranks(config, kv_ratio, budget, kv_groups):
+    """`uniform_ranks` of grouped heads."""
+    if why := ungroupable(config):
+        raise ValueError(why)
+    if budget != "all":
+        raise ValueError(f"budget {budget} leaves layers as they are, and those of --method gqa are alike: use all")
+    if kv_groups and joinable_heads(config) % kv_groups:
+        raise ValueError(f"kv_groups {kv_groups} must divide the {joinable_heads(config)} heads that can be joined")
+    numbers = sum(map(sum, cached_now(config))) * config.head_dim / (2 * config.n_layer)
+    pairs = 2 * (kv_groups or 1)  # RoPE turns pairs: the width of a group is even
+    what = f"{numbers:g} numbers for keys and as many for values" + f" in {kv_groups} groups" * bool(kv_groups)
+    kept = pairs * check_ratio(kv_ratio, numbers / pairs, 1, what, "even width")
+    return [(kept, kept)] * config.n_layer
+
+
+def joinable_heads(config):
+    """How many key/value heads --method gqa can join: of an MEA each query head has its own, made of components."""
+    if config.attention == "mea":
+        return config.n_head
+    return math.gcd(*(n for pair in cached_now(config) for n in pair))
+
+
+def ungroupable(config):
+    """Why --method gqa cannot make a plain MHA of it, or "": one line."""
+    why = "its head norm divides by a head's size" if config.head_norm else ""
+    why = "a QK-norm stands between its keys and RoPE" if config.qk_norm else why
+    return why and f"--method gqa cannot join the heads of this {config.attention} model: {why}; latent can"
+
+
+def parts_hint(config):
+    """What to try where no number of heads fits."""
+    return "" if ungroupable(config) else "; --method gqa keeps parts of heads, too"
+
+
+def check_ratio(kv_ratio, whole, fewest, what, unit="number of heads", hint=""):
+    """kv_ratio * whole, a whole number of at least `fewest` but for rounding of the ratio. Raises ValueError, naming
     what is possible."""
-    kept = round(kv_ratio * heads) if math.isfinite(kv_ratio) else 0
-    if abs(kept / heads - kv_ratio) > 0.005 or not fewest <= kept <= heads:
-        possible = [f"{n / heads:.4g}" for n in range(fewest, heads + 1)]
+    kept = round(kv_ratio * whole) if math.isfinite(kv_ratio) else 0
+    if abs(kept / whole - kv_ratio) > 0.005 or not fewest <= kept <= whole:
+        possible = [f"{n / whole:.4g}" for n in range(fewest, math.floor(whole) + 1)]
         listed = ", ".join(possible if len(possible) < 20 else [*possible[:3], "..", *possible[-3:]])
-        raise ValueError(f"kv_ratio {kv_ratio:g} of {what} is no number of heads that works: {listed} are possible")
+        listed += " is possible" if len(possible) == 1 else " are possible"
+        raise ValueError(f"kv_ratio {kv_ratio:g} of {what} is no {unit} that works: {listed}{hint}")
     return kept
 
 
-def choose_ranks(config, kv_ratio, budget, costs=None, method="aligned"):
+def choose_ranks(config, kv_ratio, budget, costs=None, method="aligned", kv_groups=None):
     """The ranks for a budget: `uniform_ranks`, or for "probe" those that `allocate` chooses by its `costs` (None only
     checks)."""
-    if budget != "probe":
-        return uniform_ranks(config, kv_ratio, budget, method)
-    pairs = cached_now(config, method)
+    if budget != "probe" or is_grouped(method):
+        return uniform_ranks(config, kv_ratio, budget, method, kv_groups)
+    pairs = cached_now(config)
     fewest = sum(n_k + 1 if keys_stay(config, method) else 2 for n_k, _ in pairs)
     total = sum(map(sum, pairs))
-    heads = check_ratio(kv_ratio, total, fewest, f"{total} cached heads in {config.n_layer} layers")
+    what = f"{total} cached heads in {config.n_layer} layers"
+    heads = check_ratio(kv_ratio, total, fewest, what, hint=parts_hint(config))
     return allocate(costs, heads) if costs else pairs
 
 
-def with_ranks(config, ranks, method="aligned"):
-    """The config of the model that caches `ranks`, one (n_k, n_v) per layer."""
+def with_ranks(config, ranks, method="aligned", kv_groups=None):
+    """The config of the model that caches `ranks`, one (n_k, n_v) per layer.
+
+    Grouped heads: in `kv_groups`, by default the most whose width is not below that of a head, so that nothing grows.
+    """
     shape = dict(n_kv_head=[list(pair) for pair in ranks], mea_form="auto", compose="full")
+    if is_grouped(method):
+        heads, numbers, D = joinable_heads(config), ranks[0][0], config.head_dim
+        fit = [n for n in range(1, heads + 1) if not heads % n and not numbers % (2 * n) and numbers >= n * D]
+        groups = kv_groups or max(fit, default=1)
+        shape |= dict(n_kv_head=groups, head_dim=numbers // groups, rope_frequencies=None)
+        return replace(config, attention="mha", **shape)
     if not is_latent(method):
         return replace(config, attention="mea", **shape)
-    grouped = config.attention == "mha" and len({config.kv_heads(layer) for layer in range(config.n_layer)}) == 1
-    shape["latent_heads"] = config.kv_heads(0)[0] if grouped else config.n_head
-    if METHODS[method].form == "rotary":
-        shape.update(latent_rotated=True, latent_dim=config.head_dim // units(config, method))
-    return replace(config, attention="latent", **shape)
+    grouped = config.attention == "mha" and len(set(cached_now(config))) == 1
+    return replace(config, attention="latent", latent_heads=config.kv_heads(0)[0] if grouped else None, **shape)
 
 
 def check_method(model, method):
     """Raise ValueError, in one line, for a model that `method` would turn into one that computes something else."""
     if why := ATTENTION[model.config.attention].incompressible:
         raise ValueError(f"this is a {model.config.attention} model, which cannot be compressed: {why}")
+    if is_grouped(method) and (why := ungroupable(model.config)):
+        raise ValueError(why)
     if is_latent(method) and model.config.qk_norm:
         for layer, block in enumerate(model.layers):
             w = composition(block.self_attn, "k")
@@ -374,27 +532,53 @@ def rope_of(model, length):
     return model.rope_cos[:length], model.rope_sin[:length]
 
 
-def calibrate(model, tokens, chunk=4, dtype=torch.float32):
-    """Yield a `Calibration` for each layer in turn of the original `model`, which sees tokens (N, T), or nothing, in
-    `dtype`. Each layer may be replaced when it has been yielded. Memory: what one layer sees, unless it is kept.
+def rope_of_pairs(rope, pairs):
+    """The (cos, sin) of heads that consist of some `pairs` of the heads that `rope` turns."""
+    columns = torch.cat((pairs, pairs + rope[0].size(-1) // 2))
+    return tuple(table[..., columns] for table in rope)
+
+
+@dataclass
+class calibrate:
+    """A text, tokens (N, T) or nothing, shown to `model` in `dtype`: iterating yields a `Calibration` for each layer in
+    turn, or None, as often as one wants.
+
+    Each layer may be replaced when it has been yielded, and the next ones still see what the original ones put out.
+    With `in_sequence(pairs)` they see what the replaced ones put out, whose heads have those pairs. Memory: what one
+    layer sees, unless it is kept.
     """
-    if tokens is None:
-        yield from [None] * len(model.layers)
-        return
-    parts, rope = [model.embed(part).detach() for part in tokens.split(chunk)], rope_of(model, tokens.size(1))
-    for block in model.layers:  # nothing is held open while the caller works
-        with torch.no_grad(), autocast(tokens.device, dtype):
-            inputs = [block.input_layernorm(x) for x in parts]
-            outputs = [block.self_attn(x, rope) for x in inputs]
-            moments = [second_moments(block.self_attn, x, rope, view) for view, x in enumerate(inputs)]
-            parts = [x + output for x, output in zip(parts, outputs)]
-            parts = [x + block.mlp(block.post_attention_layernorm(x)) for x in parts]
-        mean = {kind: sum(each[kind] for each in moments) / len(moments) for kind in moments[0]}
-        yield Calibration(mean, inputs, outputs, rope, dtype)
+
+    model: torch.nn.Module
+    tokens: torch.Tensor | None
+    chunk: int = 4
+    dtype: torch.dtype = torch.float32
+
+    def __iter__(self):
+        return self.in_sequence(None)
+
+    def in_sequence(self, pairs):
+        model, tokens = self.model, self.tokens
+        if tokens is None:
+            yield from [None] * len(model.layers)
+            return
+        parts, rope = [model.embed(part).detach() for part in tokens.split(self.chunk)], rope_of(model, tokens.size(1))
+        precise = lambda: autocast(tokens.device, self.dtype)
+        for block in model.layers:  # nothing is held open while the caller works
+            with torch.no_grad(), precise():
+                inputs = [block.input_layernorm(x) for x in parts]
+                outputs = [block.self_attn(x, rope) for x in inputs]
+                moments = [second_moments(block.self_attn, x, rope, view) for view, x in enumerate(inputs)]
+            mean = {kind: sum(each[kind] for each in moments) / len(moments) for kind in moments[0]}
+            yield Calibration(mean, inputs, outputs, rope, self.dtype)
+            with torch.no_grad(), precise():
+                if pairs is not None:
+                    outputs = [block.self_attn(x, rope_of_pairs(rope, pairs)) for x in inputs]
+                parts = [x + output for x, output in zip(parts, outputs)]
+                parts = [x + block.mlp(block.post_attention_layernorm(x)) for x in parts]
 
 
 @torch.no_grad()
-def compress(model, ranks, method="aligned", calibration=None):
+def compress(model, ranks, method="aligned", calibration=None, kv_groups=None):
     """Replace every attention of `model` by one that caches `ranks`, in place: memory is the model and one layer's
     work.
 
@@ -402,15 +586,51 @@ def compress(model, ranks, method="aligned", calibration=None):
     data. Returns one {"k": error, "v": error} per layer.
     """
     check_method(model, method)
-    config, errors = with_ranks(model.config, ranks, method), []
+    config, errors = with_ranks(model.config, ranks, method, kv_groups), []
+    calibration, replace_layer = calibration or [None] * len(model.layers), compress_layer
+    if is_grouped(method):
+        config, calibration, replace_layer = plan_groups(model, config, calibration)
     bar = progress(f"compressing, {method}", len(model.layers), " layers")
-    for layer, (block, seen) in enumerate(zip(model.layers, calibration or [None] * len(model.layers))):
-        block.self_attn, lost = compress_layer(block.self_attn, config, layer, method, seen)
+    for layer, (block, seen) in enumerate(zip(model.layers, calibration)):
+        block.self_attn, lost = replace_layer(block.self_attn, config, layer, method, seen)
         errors.append(lost)
         bar.update(1)
     bar.close()
     model.config = config
+    model.make_rope()  # grouped heads have pairs of their own
+    model.to(model.lm_head.weight.device)
     return errors
+
+
+def plan_groups(model, config, calibration):
+    """(config, calibration, what replaces a layer) of grouped heads: all layers keep the same pairs.
+
+    A first look at what the original layers see chooses groups and pairs; the second, at what the replaced layers put
+    out, fits each layer.
+    """
+    if not isinstance(calibration, (list, calibrate)):
+        raise TypeError("gqa looks at the calibration twice: give what calibrate returns, or a list")
+    layers = []
+    bar = progress("choosing pairs", len(model.layers), " layers")
+    for block, seen in zip(model.layers, calibration):
+        block.self_attn = unfold(block.self_attn)
+        layers.append(layer_groups(block.self_attn, config, seen))
+        bar.update(1)
+    bar.close()
+    pairs = shared_pairs([energies for _, each in layers for energies in each], config.head_dim // 2)
+    c = model.config
+    frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
+    if pairs.tolist() == list(range(c.head_dim // 2)):  # every pair once: heads as wide as before
+        config = replace(config, rope_frequencies=c.rope_frequencies)
+    else:
+        config = replace(config, rope_frequencies=[frequencies[pair] for pair in pairs])
+    if isinstance(calibration, calibrate):
+        calibration = calibration.in_sequence(pairs)
+
+    def replace_layer(attn, config, layer, _, seen):
+        return join_heads(attn, config, layer, layers[layer][0], pairs, seen)
+
+    return config, calibration, replace_layer
 
 
 @torch.no_grad()
@@ -441,12 +661,12 @@ def probe(model, method, tokens, windows, chunk=4, dtype=torch.float32):
 
     base, bar = loss(0), progress("probing", len(model.layers), " layers")
     for layer, (block, seen) in enumerate(zip(model.layers, calibrate(model, tokens, chunk, dtype))):
-        original, full = block.self_attn, cached_now(config, method)[layer]
+        original, full = block.self_attn, cached_now(config)[layer]
         for kind, n in zip("kv", full):
             fixed = kind == "k" and keys_stay(config, method)
             costs[layer, kind] = [math.inf if fixed else 0.0] * (n - 1) + [0.0]
             for rank in range(1, 1 if fixed else n):
-                ranks = cached_now(config, method)
+                ranks = cached_now(config)
                 ranks[layer] = (rank, full[1]) if kind == "k" else (full[0], rank)
                 smaller = with_ranks(config, ranks, method)
                 block.self_attn, _ = compress_layer(original, smaller, layer, method, seen)

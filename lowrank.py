@@ -6,7 +6,7 @@ what U brings y back?
     y  ~  U c,      least  E |S (y - U c)|^2.                                                                        (1)
 
 S says what an error costs. If U may be anything, the answer is an SVD: the leading eigenvectors of S E[y y^T] S^T are
-S U, and c are y's coordinates in them (`latent_maps`).
+S U, and c are y's coordinates in them (`keep_features`).
 
 MEA keeps r component heads, c = (B_1 x .. B_r x), and mixes them: head h reads
 
@@ -28,6 +28,7 @@ features; a key head is D/2 blocks of one complex number. Read `compress.py` nex
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -205,26 +206,97 @@ def approximate(weight, rank, kind, form, moment=None, metric=None):
 # Latents (1)
 
 
-def latent_maps(weight, width, kind="v", moment=None, metric=None):
-    """(1) for heads W (n, D, M): P (width, M), U (n*D, width), error and, of keys, the frequency of each pair of c.
+@dataclass
+class Spectrum:
+    """What (1) knows of n heads: `energies` (g, n*b) of the stacked heads S y, largest first, `directions` (g, n*b,
+    n*b) that have them, in columns, `rows` (g, n*b, M) = S W, and S (n, g, b, b)."""
 
-    One block, as values are, may be mixed as a whole: kind "v" also suits keys that are cached before RoPE. The U of
-    kind "k" commutes with RoPE: an SVD for each frequency, and kept are the largest energies of all. Moment and metric
-    as in `approximate`.
-    """
-    n, D, _ = weight.shape
+    energies: torch.Tensor
+    directions: torch.Tensor
+    rows: torch.Tensor
+    S: torch.Tensor
+
+
+def spectrum(weight, kind, moment=None, metric=None):
+    """The `Spectrum` of heads W (n, D, M); moment and metric as in `approximate`."""
     S, heads = in_metric(root(weight, moment), kind, metric)
-    (_, g, b, _), heads, rows = heads.shape, stack(heads), stack(in_metric(weight, kind, metric)[1])  # (g, n*b, M)
-    energies, directions = torch.linalg.eigh(heads @ heads.mH)  # (g, n*b), (g, n*b, n*b)
-    numbers = width // 2 if kind == "k" else width
-    kept = energies.flatten().topk(min(numbers, energies.numel()))
-    block, place = kept.indices // (n * b), kept.indices % (n * b)
-    spare = numbers - len(block)  # more room than there are numbers
-    down = F.pad((directions.mH @ rows)[block, place], (0, 0, 0, spare))  # (numbers, M)
-    up = torch.zeros(n, g, b, numbers, dtype=down.dtype)
-    columns = torch.linalg.solve(S, directions.unflatten(1, (n, b)).transpose(0, 1))  # (n, g, b, n*b)
+    heads = stack(heads)
+    energies, directions = torch.linalg.eigh(heads @ heads.mH)
+    rows = stack(in_metric(weight, kind, metric)[1])
+    return Spectrum(energies.flip(1).clamp_min(0), directions.flip(2), rows, S)
+
+
+def keep(found, block, place):
+    """(P (numbers, M), U (n, g, b, numbers), share of the energy that is lost) that keep the directions number `place`
+    of `block`, two lists of indices. A place beyond the last direction holds 0."""
+    n, g, b, _ = found.S.shape
+    there = place < n * b
+    block, place = block[there], place[there]
+    spare = len(there) - len(block)
+    down = F.pad((found.directions.mH @ found.rows)[block, place], (0, 0, 0, spare))
+    up = torch.zeros(n, g, b, len(there), dtype=down.dtype)
+    columns = torch.linalg.solve(found.S, found.directions.unflatten(1, (n, b)).transpose(0, 1))  # (n, g, b, n*b)
     up[:, block, :, torch.arange(len(block))] = columns[:, block, :, place]
-    error = (1 - kept.values.sum() / energies.sum()).clamp_min(0).nan_to_num(0.0).item()  # heads of 0 lose nothing
-    if kind == "v":
-        return down, up.flatten(0, 2), error, None
-    return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]).flatten(0, 1), error, F.pad(block, (0, spare))
+    lost = (1 - found.energies[block, place].sum() / found.energies.sum()).clamp_min(0)
+    return down, up, lost.nan_to_num(0.0).item()  # heads of 0 lose nothing
+
+
+def keep_features(found, width):
+    """P (width, M), U (n, D, width) and what is lost, of a `Spectrum` of kind "v": any mix of features is allowed.
+
+    This suits values, and keys that are cached before RoPE.
+    """
+    down, up, lost = keep(found, torch.zeros(width, dtype=torch.long), torch.arange(width))
+    return down, up[:, 0], lost
+
+
+def keep_pairs(found, pairs):
+    """P (2p, M), U (n, D, 2p) and what is lost, of a `Spectrum` of kind "k": U commutes with RoPE.
+
+    Number i of `pairs` (p) is the frequency by which features i and p + i of c turn. Each frequency keeps its largest
+    energies, as many as it has pairs.
+    """
+    place = torch.tensor([(pairs[:i] == pair).sum() for i, pair in enumerate(pairs)])
+    down, up, lost = keep(found, pairs, place)
+    return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]), lost
+
+
+def shared_pairs(energies, numbers):
+    """The frequencies (numbers) of the pairs that lose least when several spectra keep the same ones.
+
+    `energies` is a list of (g, n), largest first: of each frequency the most valuable pair comes first.
+    """
+    longest = max(each.size(1) for each in energies)
+    total = sum(F.pad(each, (0, longest - each.size(1))) for each in energies)
+    return (total.flatten().topk(numbers).indices // longest).sort().values
+
+
+def one_wide_head(weights, D, n):
+    """The weights of an MEA without norms (a state dict), as those of multi-query attention: one key/value head holds
+    all components, n of them with those that are added as 0. W = n D; pairs turn by a component's frequencies, n times.
+
+        q_h . sum_c w_k[c, h] k_c / sqrt(D)  =  sqrt(n) concat_c(w_k[c, h] q_h) . concat_c(k_c) / sqrt(W),
+        W^O_h sum_c w_v[c, h] z_c  =  concat_c(w_v[c, h] W^O_h) . concat_c(z_c).
+
+    Components stand half beside half, as RoPE pairs the features of a head.
+    """
+
+    def side_by_side(heads):  # (any, n, D, M) -> (any, n*D, M)
+        return heads.unflatten(2, (2, D // 2)).transpose(1, 2).flatten(1, 3)
+
+    def padded(heads):  # (n_k or n_v, ..) -> (n, ..)
+        return torch.cat((heads, heads.new_zeros(n - len(heads), *heads.shape[1:])))
+
+    w_k, w_v = padded(weights["compose_k"]), padded(weights["compose_v"])  # (n, H)
+    wide = {}
+    for name, w in weights.items():
+        if name.startswith("q_proj."):  # a weight (H*D, C) or a bias (H*D)
+            heads = torch.einsum("ch,hdm->hcdm", w_k, w.view(w_k.size(1), D, -1))
+            wide[name] = (side_by_side(heads) * n**0.5).reshape(-1, *w.shape[1:])
+        elif name.startswith("k_proj."):
+            wide[name] = side_by_side(padded(w.view(-1, D, w[0].numel()))[None]).reshape(-1, *w.shape[1:])
+        elif name.startswith("v_proj."):
+            wide[name] = padded(w.unflatten(0, (-1, D))).flatten(0, 1)
+        elif name == "o_proj.weight":  # (C, H*D)
+            wide[name] = torch.einsum("mhd,ch->mhcd", w.unflatten(1, (-1, D)), w_v).flatten(1)
+    return wide

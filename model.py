@@ -50,8 +50,6 @@ class GPTConfig:
     attention: str = option("mea", "attention of every layer", ATTENTION)
     head_norm: bool | None = option(None, "RMS norm on each head's output (default: on for dfa and mea)")
     latent_heads: int | None = option(None, "heads that --attention latent rebuilds (default: n_head)", least=1)
-    latent_dim: int | None = option(None, "what --attention latent caches per n_kv_head (default: head_dim)", least=1)
-    latent_rotated: bool = option(False, "let --attention latent cache keys after RoPE: nothing is rebuilt when read")
     qk_norm: bool = option(False, "RMS norm on query and key heads before RoPE, as in Qwen3")
     compose: str = option("full", "MEA's compositions: full, or one number per head", ["full", "diagonal"])
     mea_form: str = option("auto", "where MEA applies its composition", ["auto", "compose", "fold", "absorb"])
@@ -70,13 +68,10 @@ class GPTConfig:
             raise ValueError("qk_norm stands between MEA's projections and compositions: mea_form cannot be fold")
         if self.compose != "full" and not hasattr(variant, "compositions"):
             raise ValueError(f"compose {self.compose} is for mea: {self.attention} composes no heads")
-        for name in ("latent_heads", "latent_dim", "latent_rotated"):
-            if getattr(self, name) and self.attention != "latent":
-                raise ValueError(f"{name} is for --attention latent, not for {self.attention}")
+        if self.latent_heads and self.attention != "latent":
+            raise ValueError(f"latent_heads is for --attention latent, not for {self.attention}")
         if self.latent_heads and self.n_head % self.latent_heads:
             raise ValueError(f"latent_heads {self.latent_heads} must divide n_head {self.n_head}")
-        if self.latent_rotated and self.qk_norm:
-            raise ValueError("qk_norm stands between a latent and RoPE: latent_rotated cannot be")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -92,26 +87,17 @@ class GPTConfig:
             raise ValueError(f"n_kv_head lists {len(self.n_kv_head)} layers and the model has {self.n_layer}")
         for layer in range(self.n_layer):
             n_k, n_v = self.kv_heads(layer)
-            most = self.n_head * self.head_dim // self.cached_dim
-            if not (1 <= n_k <= most and 1 <= n_v <= most):
-                limit = f"{most} parts of latent_dim" if self.latent_dim else f"n_head {most}"
-                raise ValueError(f"n_kv_head must be between 1 and {limit}, not {self.n_kv_head}")
-            if self.latent_rotated and n_k * self.cached_dim % 2:
-                raise ValueError(f"RoPE turns pairs: n_kv_head {n_k} times latent_dim {self.cached_dim} must be even")
+            if not (1 <= n_k <= self.n_head and 1 <= n_v <= self.n_head):
+                raise ValueError(f"n_kv_head must be between 1 and n_head {self.n_head}, not {self.n_kv_head}")
             variant.check_heads(self.n_head, n_k, n_v)
 
     def kv_heads(self, layer):
         """(key heads, value heads) that a layer projects and caches."""
         return tuple(self.n_kv_head[layer]) if isinstance(self.n_kv_head, list) else (self.n_kv_head, self.n_kv_head)
 
-    @property
-    def cached_dim(self):
-        """Width of what is cached for one of `kv_heads`."""
-        return self.latent_dim or self.head_dim
-
     def kv_bytes_per_token(self, dtype=torch.float32):
         """Bytes that one position of one sequence takes in a `KVCache`."""
-        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.cached_dim * dtype.itemsize
+        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.head_dim * dtype.itemsize
 
     def flops_per_token(self, T=None):
         """Forward and backward FLOPs of one training token at sequence length T: 6 per matrix weight, and attention."""
@@ -198,7 +184,7 @@ class KVCache:
         if not ATTENTION[config.attention].caches_rotated_keys:
             tables = rope_table(max_length, config.head_dim, config.rope_theta, config.rope_frequencies)
             self.rope = tuple(table.to(device) for table in tables)
-        zeros = lambda n: torch.zeros(batch_size, max_length, n, config.cached_dim, dtype=dtype, device=device)
+        zeros = lambda n: torch.zeros(batch_size, max_length, n, config.head_dim, dtype=dtype, device=device)
         self.layers = [LayerCache(self, *map(zeros, config.kv_heads(layer))) for layer in range(config.n_layer)]
         self.lengths = [0] * batch_size
 

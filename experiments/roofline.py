@@ -346,7 +346,7 @@ def main(argv=None):
     targets = o.targets.split(",") if o.targets else []
     if unknown := [target for target in targets if target not in TARGETS]:
         fail(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
-    if targets and (triton is None or triton.knobs.runtime.interpret):
+    if targets and (triton is None or kernels.INTERPRETED):
         fail("--targets needs triton (pip install triton), without TRITON_INTERPRET in the environment")
     if targets:
         print_compiled(targets)

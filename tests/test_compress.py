@@ -2,10 +2,12 @@
 refused.
 """
 
+import copy
 import itertools
 import json
 import math
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from compress import (
     Calibration,
     allocate,
     calibrate,
+    choose_groups,
     choose_ranks,
     compress,
     compress_layer,
     effective_heads,
+    join_heads,
     probe,
     refit_output,
     second_moments,
@@ -33,7 +37,7 @@ from data.sampler import validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint
 from huggingface import to_pretrained
-from lowrank import approximate
+from lowrank import approximate, one_wide_head, shared_pairs
 from model import GPT, GPTConfig, KVCache
 from options import choose_dtype
 from sample import open_model
@@ -70,13 +74,16 @@ SOURCES = {
 QK_NORM = dict(attention="mha", qk_norm=True, n_kv_head=4)
 
 
-def change(model, ranks, method, x):
+BY_HEADS = [method for method in METHODS if method != "gqa"]  # whose ranks are numbers of heads
+
+
+def change(model, ranks, method, x, kv_groups=None):
     before = model(x)[0]
-    errors = compress(model, ranks, method, calibrate(model, tokens(6, 24, seed=3)))
+    errors = compress(model, ranks, method, calibrate(model, tokens(6, 24, seed=3)), kv_groups)
     return ((model(x)[0] - before).norm() / before.norm()).item(), errors
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_HEADS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_heads_that_fit_in_fewer_components_are_compressed_without_a_change(source, method):
     """Heads that are mixtures of two need two components, whatever the metric."""
@@ -130,25 +137,21 @@ def test_heads_that_are_turned_copies_of_one_are_compressed_to_one_without_a_cha
 def test_every_method_sees_more_than_the_one_before(source):
     x = tokens(4, 24, seed=3)
     changes, n = {}, make(**SOURCES[source]).config.kv_heads(0)[0]
-    for method in METHODS:
+    for method in BY_HEADS:
         changes[method] = change(make(**SOURCES[source]), [(n // 2, n // 2)] * 2, method, x)[0]
     assert changes["aligned"] < 0.9 * changes["svd"] and changes["rotated"] < changes["svd"]
 
 
-@pytest.mark.parametrize("method", ["whitened", "latent", "absorbed"])
+@pytest.mark.parametrize("method", ["whitened", "latent"])
 @pytest.mark.parametrize("source", [*SOURCES, "qk norm"])
 def test_a_latent_of_full_width_is_the_original(source, method):
-    if source == "qk norm" and method == "absorbed":
-        with pytest.raises(ValueError, match="qk_norm stands between"):
-            with_ranks(GPTConfig(**BASE, **QK_NORM), [(4, 4)] * 2, method)
-        return
     model = make(**SOURCES.get(source, QK_NORM))
     whole = model.config.kv_heads(0)
     assert change(model, [whole] * 2, method, tokens(2, 24))[0] < 1e-5
     assert model.config.attention == "latent" and model.config.kv_heads(0) == whole
 
 
-CACHED = [*itertools.product(SOURCES, ("aligned", "latent", "absorbed")), ("qk norm", "latent")]  # else keys stay
+CACHED = [*itertools.product(SOURCES, ("aligned", "latent")), ("qk norm", "latent")]  # else keys stay
 
 
 @pytest.mark.parametrize("source,method", CACHED)
@@ -168,27 +171,16 @@ def test_a_compressed_model_decodes_from_a_cache_of_exactly_its_bytes(source, me
             to_pretrained(model, "nowhere")
 
 
-def test_a_part_of_a_head_can_be_kept():
-    fields = dict(attention="mha", n_embd=64, n_head=4)  # heads of 16, quarters of 4
-    config = with_ranks(GPTConfig(**{**BASE, **fields}), [(9, 7)] * 2, "absorbed")
-    assert config.cached_dim == 4 and config.kv_bytes_per_token() == 2 * 16 * 4 * 4
-    assert uniform_ranks(GPTConfig(**{**BASE, **fields}), 0.5, method="absorbed") == [(9, 7)] * 2
-    model = make(**fields)
-    assert change(model, [(9, 7)] * 2, "absorbed", tokens(4, 24, seed=3))[0] < 1
-    assert len(set(torch.bincount(model.layers[0].self_attn.pairs, minlength=8).tolist())) > 1
-
-
 @pytest.mark.parametrize("source", ["mha", "mha + norm", "biases"])
 def test_latents_lose_less_than_virtual_heads_of_the_same_bytes(source):
     """The more maps are allowed, the less of a layer is lost; what the model makes of it follows for latents only."""
     x, n = tokens(4, 24, seed=3), make(**SOURCES[source]).config.kv_heads(0)[0]
     changes, errors = {}, {}
-    for method in ("aligned", "absorbed", "latent"):
+    for method in ("aligned", "latent"):
         changes[method], lost = change(make(**SOURCES[source]), [(n // 2, n // 2)] * 2, method, x)
         errors[method] = lost[0]
     assert changes["latent"] < changes["aligned"]
-    for kind in "kv":
-        assert errors["latent"][kind] <= errors["absorbed"][kind] + 1e-9 <= errors["aligned"][kind] + 2e-9
+    assert all(errors["latent"][kind] <= errors["aligned"][kind] + 1e-9 for kind in "kv")
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -202,7 +194,7 @@ def test_layers_that_keep_their_heads_do_not_change(source):
 
 @pytest.mark.parametrize("dead", ["q_proj", "k_proj", "v_proj", "o_proj"])
 @pytest.mark.parametrize("source", ["mha", "gqa", "mea"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_HEADS)
 def test_a_layer_that_was_pruned_away_loses_nothing(method, source, dead):
     """Without scores any keys do; without values, or with nothing that reads them, any values as well."""
     model = make(**SOURCES[source])
@@ -281,7 +273,7 @@ def test_the_output_is_refitted_from_fewer_positions_than_it_has_columns():
     for kind in "kv":
         assert errors[kind] == approximate(effective_heads(attn, kind)[0], 2, kind, "rotations")[3][-1]
     before = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
-    refit_output(smaller, Calibration({}, [x], [attn(x, rope)], rope, torch.float32))
+    refit_output(smaller, Calibration({}, [x], [attn(x, rope)], rope, torch.float32), rope)
     after = [(attn(y, rope) - smaller(y, rope)).square().mean().item() for y in (x, torch.randn(50, 4, C))]
     assert (
         after[0] < 0.2 * before[0] and after[1] < 2 * before[1]
@@ -294,6 +286,174 @@ def test_equal_heads_are_found_once():
     weight = attn.k_proj.weight.double().view(2, D, C)
     torch.testing.assert_close(heads[reader], weight[[0, 0, 1, 1]])
     assert len(heads) == 2 and reader.tolist() == [0, 0, 1, 1]
+
+
+# --- grouped heads
+
+PLAIN = [source for source in SOURCES if not make(**SOURCES[source]).config.head_norm] + ["mqa", "diagonal"]
+SOURCES |= {"mqa": dict(attention="mha", n_kv_head=1, attention_bias=True)}
+SOURCES |= {"diagonal": dict(attention="mea", head_norm=False, compose="diagonal")}
+
+
+def grouped(model, kv_ratio, kv_groups=None, data=True):
+    """(relative change of the logits, errors) of --method gqa."""
+    x = tokens(2, 24)
+    before = model(x)[0]
+    ranks = uniform_ranks(model.config, kv_ratio, "all", "gqa", kv_groups)
+    errors = compress(model, ranks, "gqa", calibrate(model, tokens(6, 24, seed=3) if data else None), kv_groups)
+    return ((model(x)[0] - before).norm() / before.norm()).item(), errors
+
+
+@pytest.mark.parametrize("kv_groups", [None, 1])
+@pytest.mark.parametrize("source", PLAIN)
+def test_groups_of_full_width_are_the_original(source, kv_groups):
+    model = make(**SOURCES[source])
+    assert grouped(model, 1, kv_groups)[0] < 1e-5
+    assert model.config.attention == "mha" and isinstance(model.config.n_kv_head, int)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("source", PLAIN)
+def test_grouped_heads_decode_from_a_cache_of_exactly_their_bytes(source, data):
+    model = make(**SOURCES[source])
+    before = KVCache(model.config, 3, 20).nbytes
+    change, errors = grouped(model, 2 / 3 if source in ("mqa", "mea, 3 components") else 0.5, data=data)
+    assert 0 < change < 1.5 and all(0 < error[kind] < 1 for error in errors for kind in "kv")
+    cache = KVCache(model.config, 3, 20)
+    assert cache.nbytes == 3 * 20 * model.config.kv_bytes_per_token()
+    assert cache.nbytes == before * (2 / 3 if source in ("mqa", "mea, 3 components") else 0.5)
+    x = tokens(3, 20)
+    pieces = [model(part, cache=cache)[0] for part in (x[:, :7], *x[:, 7:].split(1, dim=1))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(x)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_most_groups_that_are_not_narrower_than_a_head():
+    shape = lambda **f: GPTConfig(**{**BASE, "n_head": 8, "n_embd": 64, "attention": "mha", **f})
+    made = lambda config, ratio, groups=None: with_ranks(
+        config, uniform_ranks(config, ratio, "all", "gqa", groups), "gqa", groups
+    )
+    widths = lambda config: (config.n_kv_head, config.head_dim)
+    assert widths(made(shape(), 0.5)) == (4, 8) and widths(made(shape(), 0.25)) == (2, 8)
+    assert widths(made(shape(), 0.5, 1)) == (1, 32) and widths(made(shape(), 0.75)) == (4, 12)
+    assert widths(made(shape(n_kv_head=2), 0.75)) == (1, 12) and widths(made(shape(n_kv_head=1), 0.5)) == (1, 4)
+    assert widths(made(shape(attention="mea", head_norm=False, n_kv_head=4), 1)) == (4, 8)
+    three = shape(n_head=9, n_kv_head=3, n_embd=72)
+    assert widths(made(three, 0.5)) == (1, 12) and widths(made(three, 1 / 3)) == (1, 8)
+    with pytest.raises(ValueError, match="kv_groups 2 must divide the 3 heads"):
+        made(three, 0.5, 2)
+
+
+def test_joined_heads_are_mea_with_one_hot_columns_and_aligned_maps():
+    """What `approximate` finds for one component of two heads, where pairs and directions are the best of both."""
+    model = make(attention="mha", n_kv_head=4)
+    generator, attn = torch.Generator().manual_seed(2), model.layers[0].self_attn
+    for name, maps in (("k_proj", phases), ("v_proj", rotation)):  # heads 0 and 1 are maps of one, and so are 2 and 3
+        heads = getattr(attn, name).weight.data.view(4, D, C)
+        for twin in (1, 3):
+            heads[twin] = (maps(twin).float() @ heads[twin - 1]) * 1.5
+    whole = copy.deepcopy(attn)
+    x, rope = torch.randn(2, 24, C, generator=generator), rope_table(24, D, model.config.rope_theta)
+    config = with_ranks(model.config, [(2 * D, 2 * D)] * 2, "gqa")
+    joined, errors = join_heads(attn, config, 0, [[0, 1], [2, 3]], torch.arange(D // 2))
+    torch.testing.assert_close(joined(x, rope), whole(x, rope), rtol=1e-4, atol=1e-4)
+    assert max(errors.values()) < 1e-6
+    mea = with_ranks(model.config, [(2, 2)] * 2)
+    virtual = ATTENTION["mea"](mea, 0)
+    weights = {kind: effective_heads(attn, kind)[0].unflatten(0, (2, 2)) for kind in "kv"}
+    for kind in "kv":
+        fits = [approximate(pair, 1, kind, "any") for pair in weights[kind]]
+        getattr(virtual, f"{kind}_proj").weight.data = torch.cat([fit[2][0] for fit in fits]).float()
+        columns = torch.block_diag(*(fit[0] for fit in fits)).float()
+        assert ((columns != 0).sum(0) == 1).all()
+        getattr(virtual, f"compose_{kind}").data = columns
+        maps = torch.cat([fit[1] for fit in fits])
+        if kind == "k":
+            virtual.q_proj.weight.data = (maps.mT @ attn.q_proj.weight.double().view(4, D, C)).flatten(0, 1).float()
+        else:
+            o = attn.o_proj.weight.double().view(C, 4, D)
+            virtual.o_proj.weight.data = torch.einsum("mha,hab->mhb", o, maps).flatten(1).float()
+    torch.testing.assert_close(virtual(x, rope), joined(x, rope), rtol=1e-3, atol=1e-3)
+
+
+def test_heads_that_share_most_are_joined_and_the_weights_absorb_the_order():
+    """Heads 0 and 2 are copies, and 1 and 3: neighbours joined lose much, these lose nothing."""
+    model = make(attention="mha")
+    for block in model.layers:
+        for name in ("k_proj", "v_proj"):
+            heads = getattr(block.self_attn, name).weight.data.view(4, D, C)
+            heads[2:] = heads[:2]
+    assert grouped(model, 0.5)[0] < 1e-5 and (model.config.n_kv_head, model.config.head_dim) == (2, D)
+
+
+def test_heads_change_groups_only_if_that_costs_less():
+    cost = lambda group: float(sum(abs(a - b) for a in group for b in group))
+    places = [0, 9, 1, 8, 2, 7]
+    far = lambda group: cost([places[head] for head in group])
+    groups = choose_groups(far, 6, 2)
+    assert sorted(sorted(places[head] for head in group) for group in groups) == [[0, 1, 2], [7, 8, 9]]
+    assert choose_groups(lambda _: 1.0, 6, 3) == [[0, 1], [2, 3], [4, 5]] and choose_groups(far, 6, 1) == [[*range(6)]]
+
+
+def test_all_layers_keep_the_same_pairs_the_most_valuable_ones_of_all():
+    energies = [torch.tensor([[5.0, 1.0], [4.0, 3.0], [1.0, 0.5]]), torch.tensor([[1.0], [1.0], [1.0]])]
+    assert shared_pairs(energies, 4).tolist() == [0, 1, 1, 2]  # 6, 5, 3, 2, then 1 and 0.5
+    model = make(attention="mha")
+    grouped(model, 0.5, 1)
+    plain = [10000.0 ** (-2 * i / D) for i in range(D // 2)]
+    assert len(model.config.rope_frequencies) == D and set(model.config.rope_frequencies) <= set(plain)
+    model = make(attention="mha")
+    grouped(model, 1)
+    assert model.config.rope_frequencies is None  # every pair once: a Llama as it was
+
+
+@pytest.mark.parametrize("dead", ["q_proj", "k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("source", ["mha", "gqa", "mea, no norm"])
+def test_a_layer_that_was_pruned_away_is_grouped(source, dead):
+    model = make(**SOURCES[source])
+    with torch.no_grad():
+        getattr(model.layers[1].self_attn, dead).weight.zero_()
+    change, errors = grouped(model, 0.5)
+    assert change < 1 and all(0 <= error[kind] < 1 for error in errors for kind in "kv")
+    assert dead[0] not in "kv" or errors[1][dead[0]] == 0
+
+
+@pytest.mark.parametrize("fields", [QK_NORM, dict(attention="mha", head_norm=True), dict(attention="mea")])
+def test_what_cannot_be_grouped_is_refused_in_one_line(fields):
+    model = make(**fields)
+    with pytest.raises(ValueError, match="cannot join the heads of this"):
+        uniform_ranks(model.config, 0.5, "all", "gqa")
+    with pytest.raises(ValueError, match="cannot join the heads of this"):
+        compress(model, [(2 * D, 2 * D)] * 2, "gqa")
+    for budget in ("deep", "middle", "probe"):
+        with pytest.raises(ValueError, match="are alike: use all"):
+            choose_ranks(GPTConfig(**BASE, attention="mha"), 0.5, budget, method="gqa")
+
+
+@pytest.mark.parametrize("method", ["aligned", "latent"])
+def test_what_keeps_whole_heads_says_what_could_keep_parts(method):
+    one = GPTConfig(**{**BASE, "attention": "mha", "n_kv_head": 1, "n_embd": 32})
+    with pytest.raises(ValueError, match="1 is possible; --method gqa keeps parts of heads"):
+        uniform_ranks(one, 0.5, "all", method)
+    with pytest.raises(ValueError, match="1 is possible$"):
+        uniform_ranks(GPTConfig(**{**BASE, "attention": "mha", "n_kv_head": 1, "head_norm": True}), 0.5, "all", method)
+    assert with_ranks(one, uniform_ranks(one, 0.5, "all", "gqa"), "gqa").head_dim == 4
+
+
+@pytest.mark.parametrize("n_kv_head", [3, 4, [[2, 3], [1, 4]]])
+def test_mea_without_norm_is_one_wide_head(n_kv_head):
+    model, x = make(attention="mea", head_norm=False, n_kv_head=n_kv_head, attention_bias=True), tokens(2, 24)
+    before = model(x)[0]
+    n = max(max(model.config.kv_heads(layer)) for layer in range(2))
+    frequencies = [10000.0 ** (-2 * i / D) for i in range(D // 2)] * n
+    config = replace(model.config, attention="mha", n_kv_head=1, head_dim=n * D, rope_frequencies=frequencies)
+    weights = {name: w for name, w in model.state_dict().items() if ".self_attn." not in name}
+    for i, block in enumerate(model.layers):
+        wide = one_wide_head(block.self_attn.state_dict(), D, n)
+        weights |= {f"layers.{i}.self_attn.{name}": w for name, w in wide.items()}
+    wide = GPT(config)
+    wide.load_state_dict(weights)
+    torch.testing.assert_close(wide(x)[0], before, rtol=1e-5, atol=1e-5)
+    assert wide.config.kv_bytes_per_token() >= model.config.kv_bytes_per_token()
 
 
 # --- budgets

@@ -10,7 +10,9 @@ from lowrank import (
     fit_any_maps,
     fit_in_closed_form,
     key_blocks,
-    latent_maps,
+    keep_features,
+    keep_pairs,
+    spectrum,
     value_blocks,
 )
 
@@ -143,8 +145,9 @@ def test_one_component_is_the_least_error_in_the_metric(kind):
 def test_a_latent_is_the_best_of_its_width_and_no_virtual_heads_beat_it(metric):
     weight, moment = random_heads(4), random_heads(4, 7, 60).flatten(0, 1)
     moment, S = moment @ moment.T, random_metric(4, "k") if metric else None
-    down, up, error = latent_maps(weight, 2 * D, "v", moment, S)[:3]
-    assert down.shape == (2 * D, C) and up.shape == (4 * D, 2 * D)
+    down, up, error = keep_features(spectrum(weight, "v", moment, S), 2 * D)
+    assert down.shape == (2 * D, C) and up.shape == (4, D, 2 * D)
+    up = up.flatten(0, 1)
     torch.testing.assert_close(up @ down @ torch.linalg.pinv(down), up)  # a projection
     for kind in "kv":
         assert error < approximate(weight, 2, kind, "any", moment, S)[3][-1]
@@ -185,16 +188,23 @@ def test_a_keys_map_commutes_with_rope():
 
 
 @pytest.mark.parametrize("metric", [False, True])
-def test_keys_by_frequency_commute_with_rope_and_keep_the_most_they_can(metric):
-    """As many numbers for every frequency are the closed form of virtual heads; freely spread they lose less."""
-    weight, moment, S = random_heads(3), None, random_metric(3, "k") if metric else None
-    down, up, error, pairs = latent_maps(weight, 2 * D, "k", moment, S)
+def test_pairs_commute_with_rope_and_keep_the_most_they_can(metric):
+    """As many pairs for every frequency are the closed form of virtual heads; freely spread they lose less."""
+    weight, S = random_heads(3), random_metric(3, "k") if metric else None
+    found = spectrum(weight, "k", None, S)
+    best = found.energies.flatten().topk(D).indices // 3
     x = torch.randn(7, C, dtype=torch.float64)
     tables = [table.double() for table in rope_table(7, D)]
-    columns = torch.cat((pairs, pairs + D // 2))
-    cached = apply_rope((x @ down.T)[None, :, None], tuple(table[..., columns] for table in tables))[0, :, 0]
-    rotated_after = apply_rope((x @ down.T @ up.T).view(1, 7, 3, D), tables).flatten(2)[0]
-    torch.testing.assert_close(cached @ up.T, rotated_after)
-    assert error <= approximate(weight, 2, "k", "any", moment, S)[3][-1] + 1e-12
-    assert latent_maps(weight, 2 * D, "v", moment, S)[2] < error
-    assert latent_maps(weight, 3 * D, "k", moment, S)[2] < 1e-12
+    for pairs in (best, torch.tensor([2, 0, 2]), torch.tensor([1] * 4)):  # a frequency has no more than three
+        down, up, error = keep_pairs(found, pairs)
+        columns = torch.cat((pairs, pairs + D // 2))
+        cached = apply_rope((x @ down.T)[None, :, None], tuple(table[..., columns] for table in tables))[0, :, 0]
+        rotated_after = apply_rope((x @ down.T @ up.flatten(0, 1).T).view(1, 7, 3, D), tables).flatten(2)[0]
+        torch.testing.assert_close(cached @ up.flatten(0, 1).T, rotated_after)
+        missed = weight - (up.flatten(0, 1) @ down).view(3, D, C)
+        missed, whole = (y if S is None else S @ y for y in (missed, weight))
+        assert error == pytest.approx((missed.square().sum() / whole.square().sum()).item())
+    error = keep_pairs(found, best)[2]
+    assert error <= approximate(weight, 2, "k", "any", None, S)[3][-1] + 1e-12
+    assert keep_features(spectrum(weight, "v", None, S), 2 * D)[2] < error
+    assert keep_pairs(found, torch.arange(D // 2).repeat(3))[2] < 1e-12

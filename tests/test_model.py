@@ -258,7 +258,7 @@ def test_weight_decay_leaves_vectors_norms_lambdas_and_compositions_alone():
         (dict(dropout=1.0), "dropout"),
         (dict(attention="mha", compose="diagonal"), "mha composes no heads"),
         (dict(n_kv_head=5), "between 1 and n_head 4"),
-        (dict(n_kv_head=99, attention="latent", latent_dim=2), "between 1 and .* parts of latent_dim, not 99"),
+        (dict(latent_heads=2), "latent_heads is for --attention latent"),
         (dict(n_kv_head=[[1, 1]]), "lists 1 layers and the model has 2"),
         (dict(attention="mea", qk_norm=True, mea_form="fold"), "mea_form cannot be fold"),
         (dict(rope_frequencies=[1.0]), "rope_frequencies must be 3 numbers"),
