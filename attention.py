@@ -52,8 +52,8 @@ def rope_table(length, dim, theta=10000.0, frequencies=None):
     """cos and sin of the rotary embedding (RoFormer, 2104.09864), each (length, 1, dim): the same for every head.
 
     Pair i of a head is (x[i], x[i + dim/2]), the half-rotation convention of Llama checkpoints. It turns by
-    position * frequencies[i], by default theta^(-2i/dim). The sign of the rotation is folded into the first half of
-    sin: see `apply_rope`.
+    position * frequencies[i], by default theta^(-2i/dim). The first half of sin carries the sign of the
+    rotation: see `apply_rope`.
     """
     if frequencies is None:
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

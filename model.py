@@ -130,6 +130,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), with dropout on what each adds."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
