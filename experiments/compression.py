@@ -27,12 +27,13 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 import torch
 
 from attention import one_hot_composition
-from compress import METHODS, Calibration, calibrate, choose_ranks, compress, probe
+from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
 from data.texts import Turns
 from data.sampler import validation_windows
 from huggingface import from_pretrained
 from model import KVCache
+from surgery import Calibration
 from train import evaluate
 
 
@@ -74,7 +75,8 @@ OURS = {  # row: (options of compress.py, whether it is healed)
     "aligned": ("--method aligned", True),
     "aligned, probe": ("--method aligned --budget probe", True),
     "whitened": ("--method whitened", False),
-    "absorbed": ("--method absorbed", False),
+    "gqa": ("--method gqa", True),
+    "gqa, one group": ("--method gqa --kv_groups 1", False),
     "latent": ("--method latent", False),
 }
 
@@ -132,8 +134,8 @@ def our_checkpoints(o):
 # ---------------------------------------------------------------------------------------------------------------------
 # A pretrained model
 
-PEERS = ("latent", "whitened", "absorbed", "aligned, probe", "aligned", "rotated", "pooled", "svd")
-MAIN = ("latent", "whitened", "absorbed", "aligned")  # with every seed, at half the cache
+PEERS = ("latent", "whitened", "gqa", "aligned, probe", "aligned", "rotated", "pooled", "svd")
+MAIN = ("latent", "whitened", "gqa", "aligned")  # with every seed, at half the cache
 RATIOS = (1 / 2, 1 / 3, 2 / 3)
 
 
@@ -209,6 +211,8 @@ def pretrained(o):
         model, (method, *probed) = copy.deepcopy(load()), name.split(", ")
         pooled, method = method == "pooled", "svd" if method == "pooled" else method
         seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
+        if method == "gqa":  # each layer sees what the replaced ones put out
+            seen = calibrate(model, windows_seen(seed)[0], dtype=dtype)
         began, costs = time.monotonic(), None
         if probed:
             tokens, few = windows_seen(seed)
@@ -218,7 +222,7 @@ def pretrained(o):
             pool(model, ranks)
         compress(model, ranks, method, seen)
         seconds = dict(calibrating=round(seconds, 1), fitting=round(time.monotonic() - began, 1))
-        heads = [[n * model.config.cached_dim / model.config.head_dim for n in pair] for pair in ranks]
+        heads = [[n / load().config.head_dim for n in pair] for pair in ranks] if method == "gqa" else ranks
         return dict(loss=losses(model), heads=heads, seconds=seconds)
 
     def decoded(method):
@@ -277,7 +281,7 @@ class Options:
     probe_windows: int = option(6, "windows that a probe measures it on", least=1)
     eval_windows: int = option(8, "windows of each data set to measure it on", least=1)
     seeds: int = option(3, "calibrations at half the cache", least=1)
-    decode: str = option("original,aligned,absorbed,latent", "methods whose decoding is timed")
+    decode: str = option("original,aligned,gqa,latent", "methods whose decoding is timed")
     threads: int = option(1, "CPU threads", least=1)
 
 
