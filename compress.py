@@ -374,7 +374,7 @@ class Options:
     seed: int = option(0, "of the calibration windows", least=0)
     kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
 
 
 def open_job(o, given):

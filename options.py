@@ -161,20 +161,19 @@ def progress(what, total=None, unit="B"):
         from tqdm import tqdm
     except ImportError:
         return PlainProgress(what, total)
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False)
+    closed = sys.stderr is None
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=1, mininterval=1, leave=False, disable=closed)
 
 
 class PlainProgress:
-    """A line on standard error every few seconds: how much of the work is done."""
-
-    SECONDS = 5
+    """A line on standard error every three seconds: how much of the work is done."""
 
     def __init__(self, what, total):
         self.what, self.total, self.done, self.said = what, total, 0, time.monotonic()
 
     def update(self, amount):
         self.done += amount
-        if self.said + self.SECONDS < time.monotonic():
+        if sys.stderr and time.monotonic() > self.said + 3:
             self.said = time.monotonic()
             share = f": {self.done / self.total:.0%}" if self.total else ""
             print(f"{self.what}{share}", file=sys.stderr, flush=True)
@@ -235,7 +234,7 @@ def read_json(path):
     refuse_pointer(path)
     try:
         value = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")

@@ -100,7 +100,12 @@ class TextStream:
 
 def write(text):
     """To standard output at once; nowhere if that is closed."""
-    print(text, end="", flush=True)
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk
+        fail(f"standard output: {error}")
 
 
 def main(argv=None):

@@ -149,7 +149,7 @@ def clean_code(text: str, tree: ast.Module) -> str:
 RECORDS = (".jsonl", ".parquet")  # a document in each record's "text"
 SUFFIXES = (".txt", ".md", ".rst", ".py", *RECORDS)  # what is read in a folder
 SPLIT_NAME = re.compile(r"(train|val|test)(id|idation)?([-_.]\d+([-_]of[-_]\d+)?)?\.\w+", re.I)
-SPACE = 1 << 16  # characters
+SPACE = 1 << 16  # characters of white space that are searched for a divider behind them
 
 
 def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:

@@ -1071,9 +1071,20 @@ def test_a_parquet_file_without_texts_is_one_line(tmp_path, refused, fault):
     assert why in error and (fault == "nulls" or path.name in error) and os.listdir(tmp_path) == ["source"]
 
 
+def test_a_closed_standard_error_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    for module in ("tqdm as it is", "tqdm"):
+        monkeypatch.setitem(sys.modules, module, None)
+        bar = options.progress("encoding", 1000)
+        bar.said = -10
+        bar.update(100)
+        bar.close()
+    assert capsys.readouterr().out == ""
+
+
 def test_work_without_tqdm_says_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    now = iter(range(0, 100, 2))
+    now = iter(range(0, 100))
     monkeypatch.setattr(options.time, "monotonic", lambda: next(now))
     bar = options.progress("encoding", 1000)
     for _ in range(10):

@@ -191,7 +191,9 @@ def test_pictures_are_drawings_for_light_and_dark(path):
 def test_the_workflow_runs_the_gate_on_the_oldest_and_a_new_python():
     yaml = pytest.importorskip("yaml")
     job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["tests"]
-    assert job["strategy"]["matrix"]["python-version"] == ["3.10", "3.13"]
+    jobs = job["strategy"]["matrix"]["include"]
+    assert [each["python-version"] for each in jobs] == ["3.10", "3.11", "3.13"]
+    assert all((ROOT / each["constraints"]).is_file() for each in jobs)
     assert ".ci/run" in [step.get("run") for step in job["steps"]]
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["cff-version"] == "1.2.0" and "2601.19611" in cited["preferred-citation"]["url"]

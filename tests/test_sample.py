@@ -117,6 +117,13 @@ def test_bad_input_is_one_line(mistake, trained, capsys):
         ("<&-", "", 0, "tokens/s"),
         (">&-", "", 0, "tokens/s"),
         ("<&- >&- 2>&-", "", 0, ""),
+        pytest.param(
+            ">/dev/full",
+            "",
+            2,
+            "error: standard output: [Errno 28] No space left on device\n",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it"),
+        ),
     ],
 )
 def test_closed_streams_are_no_error(trained, closed, more, code, why):
