@@ -75,8 +75,10 @@ OURS = {  # row: (options of compress.py, whether it is healed)
     "aligned": ("--method aligned", True),
     "aligned, probe": ("--method aligned --budget probe", True),
     "whitened": ("--method whitened", False),
-    "gqa": ("--method gqa", True),
+    "gqa": ("--method gqa", True),  # of models without a head norm
     "gqa, one group": ("--method gqa --kv_groups 1", False),
+    "aligned, a quarter": ("--method aligned --kv_ratio 0.25", True),
+    "gqa, a quarter": ("--method gqa --kv_ratio 0.25", True),
     "latent": ("--method latent", False),
 }
 
@@ -113,14 +115,15 @@ def our_checkpoints(o):
         return json.loads(lines[-1])["val_loss"]
 
     for folder in folders:
+        normed = json.loads((folder / "config.json").read_text())["model"]["head_norm"]
         for name in OURS:
-            rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
+            if not (normed and "gqa" in name):
+                rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
     cells = []
     for kind in sorted({folder.name.split("-seed")[0] for folder in folders}):
-        losses = {
-            name: [rows[f"{f.name} | {name}"]["loss"] for f in folders if f.name.split("-seed")[0] == kind]
-            for name in OURS
-        }
+        mine = [folder.name for folder in folders if folder.name.split("-seed")[0] == kind]
+        made = [name for name in OURS if f"{mine[0]} | {name}" in rows]
+        losses = {name: [rows[f"{checkpoint} | {name}"]["loss"] for checkpoint in mine] for name in made}
         gains = {name: [loss["after"] - loss["before"] for loss in mine] for name, mine in losses.items()}
         for name, mine in losses.items():
             ratio = statistics.mean(gain / svd for gain, svd in zip(gains[name], gains["svd"]))
