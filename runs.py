@@ -92,6 +92,8 @@ def open_run(o, given):
     if o.resume and (o.overwrite or o.init_from):
         other = "overwrite replaces it" if o.overwrite else "init_from begins another"
         raise ValueError(f"resume goes on with a run and {other}: give one of them")
+    if o.preset == "heal" and not (o.init_from or o.resume):
+        raise ValueError("preset heal goes on from a model: say which with --init_from")
     out, state = Path(o.out_dir or f"out/{o.preset}"), None
     if o.resume:
         state = load_checkpoint(out)[1]
