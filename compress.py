@@ -514,6 +514,10 @@ def main(argv=None):
     print_report(report)
     say(f"\nwrote {o.out_dir}; try: {shown_command('python', 'sample.py', '--checkpoint', o.out_dir)}")
     say(f"heal it: {healing_command(o)}")
+    if is_grouped(o.method):
+        shape = f"{model.config.n_kv_head} key/value heads of {model.config.head_dim}"
+        export = shown_command("python", "huggingface.py", "--checkpoint", o.out_dir, "--out_dir", f"{o.out_dir}-hf")
+        say(f"{shape}, a plain MHA; for any engine: {export}")
 
 
 if __name__ == "__main__":
