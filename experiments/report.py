@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from options import write_atomically
+from options import shown_command, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
 
 def command(program, argv=None):
-    """The command line of `program`, in the repository's root."""
-    return " ".join([f"python experiments/{program}", *(sys.argv[1:] if argv is None else argv)])
+    """The command line of `program`, in the repository's root, to paste into a shell."""
+    return shown_command("python", f"experiments/{program}", *(sys.argv[1:] if argv is None else argv))
 
 
 def machine():

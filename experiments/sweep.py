@@ -36,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, ROOT, command, finish_axes, program, read_metrics, write_results
 from experiments.report import mean_and_std, number, table
-from options import fail, option, parse_options, run_program, save_picture
+from options import fail, option, parse_options, run_program, save_picture, shown_command
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ import torch
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
-from model import GPT, GPTConfig, build_config
+from model import GPT, PRESETS, GPTConfig, build_config
 from runs import CHANGEABLE
 
 
@@ -96,10 +96,10 @@ def variant_options(variant):
 
 def size_options(size):
     """What train.py is told about a size: a preset or a width, in heads of 16 channels. Raises ValueError."""
-    if not size or size in train.PRESETS:
+    if not size or size in PRESETS:
         return ["--preset", size] if size else []
     if not size.isdecimal() or int(size) % 16 or not int(size):
-        presets = ", ".join(train.PRESETS)
+        presets = ", ".join(PRESETS)
         raise ValueError(f"size {size!r} is neither a preset ({presets}) nor a width, a multiple of 16")
     return ["--n_embd", size, "--n_head", str(int(size) // 16)]
 
@@ -185,8 +185,9 @@ def run_all(runs, jobs, at_end, snapshots=False):
             for folder in ended:
                 process = going.pop(folder)
                 if process.returncode and not diverged(folder):
-                    command = " ".join(process.args)
-                    raise SystemExit(f"error: {command} ended with {process.returncode}: see {folder}.log")
+                    raise SystemExit(
+                        f"error: {shown_command(*process.args)} ended with {process.returncode}: see {folder}.log"
+                    )
                 at_end()
                 print(f"{len(runs) - len(queue) - len(going)}/{len(runs)} runs", flush=True)
     finally:

@@ -32,6 +32,7 @@ import torch
 
 import train
 from checkpoint import load_checkpoint
+from model import PRESETS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training process, with a fault built in where it must strike at an exact place; train.py itself knows nothing of it
@@ -255,7 +256,7 @@ FAULTS = {fault.__name__: fault for fault in (kills, two_runs, full_disk, trunca
 
 @dataclass
 class Options:
-    preset: str = option("tiny", "shape of the model", list(train.PRESETS))
+    preset: str = option("tiny", "shape of the model", list(PRESETS))
     steps: int = option(300, "steps of every run, at least twice as many as kills", least=40)
     kills: int = option(30, "kills of the killed run", least=1)
     seed: int = option(0, "of the moments and places", least=0)

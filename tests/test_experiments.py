@@ -150,6 +150,11 @@ def test_options_of_train_py_go_to_every_run_as_they_were_given():
     assert (run.qk_norm, run.weight_decay, run.n_layer, run.preset, run.max_steps) == (True, 0.03, 3, "tiny", 60)
 
 
+def test_a_command_in_a_table_can_be_pasted():
+    assert report.command("sweep.py", ["--variants", "mha,mea@2:diagonal+norm"]).endswith("mea@2:diagonal+norm")
+    assert report.command("bench.py", ["--nanogpt", "a b"]) == "python experiments/bench.py --nanogpt 'a b'"
+
+
 def test_a_line_of_metrics_that_is_half_written_is_left_out(tmp_path):
     assert report.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
