@@ -85,7 +85,7 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT!r} is missing)")
     try:
-        config = GPTConfig(**state["config"])
+        config = GPTConfig(**known_settings(GPTConfig, state["config"]))
         with torch.device("meta"):  # shapes without memory: the weights of the file become the model's
             model = GPT(config)
         model.load_state_dict(state["model"], assign=True)
@@ -93,6 +93,11 @@ def load_checkpoint(path, device="cpu"):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold a whole model: {shorten(str(error), 300)}") from error
     return model, state | dict(config=asdict(config))
+
+
+def known_settings(cls, settings):
+    """Saved fields of a dataclass, without those that it no longer has and that were not set: they said nothing."""
+    return {name: value for name, value in settings.items() if name in cls.__dataclass_fields__ or value}
 
 
 def starts_bare(state):

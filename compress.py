@@ -17,380 +17,25 @@ replaces its layers one by one, `probe` finds out which layers can spare how man
 that heals: `train.py` trains what is left towards the original. Read `attention.py` and `lowrank.py` first.
 """
 
-from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, run_program, say
-from options import progress, write_atomically
+from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, progress
+from options import run_program, say, shown_command, write_atomically
 
-import contextlib
-import copy
-import itertools
 import json
 import math
-import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from attention import ATTENTION, MEA, MHA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
+from attention import ATTENTION
 from checkpoint import FORMAT, load_checkpoint, save_checkpoint, starts_bare
-from data.dataset import open_dataset
-from data.sampler import validation_windows
-from data.texts import Turns, begin
+from data.texts import Texts
 from functional import PATHS, linear_cross_entropy, set_kernel
-from lowrank import approximate, keep_features, keep_pairs, shared_pairs, spectrum
-from runs import describe_data, same_tokenizer
+from lowrank import shared_pairs
+from runs import check_tokenizer, describe_data
+from surgery import METHODS, Calibration, composition, compress_layer, is_grouped, is_latent, join_heads, layer_groups
+from surgery import rope_of_pairs, second_moments, unfold
 from train import evaluate
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One layer
-
-
-@dataclass
-class Method:
-    """How a layer is compressed: `form` is that of the maps T of lowrank.py's (2), or "latent" or "grouped" heads."""
-
-    form: str
-    sees_data: bool = True  # outputs instead of weights
-    weighs: bool = False  # errors by what queries and W^O make of them
-    refits: bool = False  # W^O
-
-
-TINY = 1e-30  # a layer may have been pruned away: what is divided by is not 0
-
-METHODS = {
-    "svd": Method("none", sees_data=False),
-    "calibrated": Method("none"),
-    "rotated": Method("rotations"),
-    "aligned": Method("any", weighs=True, refits=True),
-    "whitened": Method("latent"),
-    "latent": Method("latent", weighs=True, refits=True),
-    "gqa": Method("grouped", weighs=True, refits=True),
-}
-
-
-def is_latent(method):
-    return METHODS[method].form == "latent"
-
-
-def is_grouped(method):
-    return METHODS[method].form == "grouped"
-
-
-def effective_heads(attn, kind):
-    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and of each query head
-    which one.
-
-    Heads that are composed already (MEA) are folded first, and equal ones, as grouped queries share them, are one head;
-    they come in the order of the query heads.
-    """
-    projection = attn.k_proj if kind == "k" else attn.v_proj
-    weight = projection.weight
-    if projection.bias is not None:
-        weight = torch.cat((weight, projection.bias[:, None]), dim=1)
-    weight = weight.double().unflatten(0, (-1, attn.head_dim))  # (components, D, C)
-    columns, reader = torch.unique(composition(attn, kind).to(weight), dim=1, return_inverse=True)  # sorted
-    order = torch.stack([(reader == i).nonzero()[0, 0] for i in range(columns.size(1))]).argsort()
-    return torch.einsum("cdm,cn->ndm", weight, columns[:, order]), order.argsort()[reader]
-
-
-def composition(attn, kind):
-    """(components, H): an MEA's compose_k or compose_v; of MHA the one-hot columns that say which head a query head
-    reads."""
-    if isinstance(attn, MEA):
-        return attn.compositions()["kv".index(kind)]
-    return one_hot_composition(attn.n_k, attn.n_head).to(attn.q_proj.weight)
-
-
-def second_moments(attn, x, rope, view=0):
-    """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over x (B, T, C).
-
-    The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by attention
-    maps: (nD, nD). For each key head and rotary frequency, the energy of the queries that read it: (n, D/2). Of each
-    group of query heads that share a key head the maps are those of one, number `view`.
-    """
-    (keys, reader), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
-    (B, T, _), D, group = x.shape, attn.head_dim, attn.n_head // len(keys)
-    q = attn.q_norm(attn.q_proj(x).view(B, T, -1, D))
-    energy = q.float().square().mean((0, 1)).unflatten(1, (2, -1)).sum(1).double()  # (H, D/2)
-    q = apply_rope(q, rope).transpose(1, 2)  # (B, H, T, D)
-    k, v = (project(heads, x) for heads in (keys, values))  # (B, T, n*D)
-    read = apply_rope(attn.k_norm(attn.k_proj(x).view(B, T, -1, D)), rope).transpose(1, 2)
-    q, read = (heads[:, view % group :: group] for heads in (q, compose_heads(read, composition(attn, "k"))))
-    z = causal_attention(q, read, v[:, None].expand(-1, q.size(1), -1, -1))  # (B, H/group, T, n*D)
-    moments = dict(q=torch.zeros(len(keys), D // 2).to(energy).index_add(0, reader, energy))
-    for kind, rows in (("k", k), ("v", z)):
-        rows = rows.reshape(-1, rows.size(-1)).float()
-        with torch.autocast(rows.device.type, enabled=False):
-            moments[kind] = (rows.T @ rows).double() / len(rows)
-    return moments
-
-
-def project(heads, x):
-    """x (B, T, C) -> (B, T, n*D) with heads (n, D, C), or (n, D, C + 1) whose last column is a bias."""
-    weight, bias = heads.flatten(0, 1).to(x).split((x.size(-1), heads.size(2) - x.size(-1)), dim=1)
-    return F.linear(x, weight, bias[:, 0] if bias.numel() else None)
-
-
-def error_metric(attn, kind, weight, reader, moment, queries, rotates):
-    """S of (1), head by head (n, D, D), or None: what an error in a key or value head costs.
-
-    A key's error counts as much as its queries are large, frequency by frequency; a value's as W^O makes it, summed
-    over the query heads that read it. A head norm divides by a head's size, and so does S; for maps that only rotate
-    (`rotates`) S is nothing else.
-    """
-    n, D, _ = weight.shape
-    normed = kind == "v" and isinstance(attn.head_norm, HeadNorm)
-    size = torch.ones(n, dtype=weight.dtype)
-    if normed:
-        size = weight.square().sum((1, 2)) if moment is None else moment.diagonal().view(n, D).sum(1)
-    if rotates:
-        eye = torch.eye(D, dtype=weight.dtype)
-        return size.clamp_min(TINY).rsqrt()[:, None, None] * eye if normed else None
-    if kind == "k":
-        if queries is None:
-            return None
-        return torch.diag_embed((queries / queries.mean().clamp_min(TINY)).clamp_min(1e-6).sqrt().repeat(1, 2))
-    o = attn.o_proj.weight.double().unflatten(1, (attn.n_head, D))  # (C, H, D)
-    if normed:
-        o = o * attn.head_norm.weight
-    gram = torch.zeros(n, D, D, dtype=o.dtype).index_add(0, reader, torch.einsum("cha,chb->hab", o, o))
-    values, vectors = torch.linalg.eigh(gram / size.clamp_min(TINY)[:, None, None])
-    values = values.clamp_min(1e-6 * values.mean())  # what W^O ignores now it may read after it is refitted
-    values = values.clamp_min(TINY)
-    return (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
-
-
-@dataclass
-class Calibration:
-    """What one layer does with calibration's text: the mean `second_moments`, and attention's inputs and outputs, both
-    (B, T, C) in lists."""
-
-    moments: dict
-    inputs: list
-    outputs: list
-    rope: tuple
-    dtype: torch.dtype
-
-
-@torch.no_grad()
-def refit_output(new, calibration, rope, ridge=0.03):
-    """Fit W^O of a compressed layer anew, so that it repairs what it can: min_W sum |W y_new - W^O y|^2 + ridge |W -
-    W_now|^2.
-
-    y and y_new are the heads' outputs, side by side, of the layer before and after, on the calibration text. The ridge
-    is in units of y_new's mean square, so that directions that calibration hardly shows stay as they are.
-    """
-    heads = []
-    hook = new.o_proj.register_forward_pre_hook(lambda _, y: heads.append(y[0].flatten(0, 1).float()))
-    gram, product = 0.0, 0.0
-    for x, output in zip(calibration.inputs, calibration.outputs):
-        heads.clear()
-        with autocast(x.device, calibration.dtype):
-            lost = (output - new(x, rope)).flatten(0, 1).float()  # (B*T, C)
-        gram, product = gram + (heads[0].T @ heads[0]).double(), product + (lost.T @ heads[0]).double()
-    hook.remove()
-    gram.diagonal().add_((ridge * gram.diagonal().mean()).clamp_min(TINY))
-    new.o_proj.weight.add_(torch.linalg.solve(gram, product, left=False))
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Problems this small only lose by being shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def observed(attn, kind, moments, how):
-    """What `approximate` and `spectrum` want to know of a layer's keys or values: (W (n, D, C [+ 1]), the one that each
-    query head reads, moment, metric, form of the maps)."""
-    weight, reader = effective_heads(attn, kind)
-    moment = None
-    if moments is not None:
-        moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
-        plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
-        moment = moment + 1e-4 * moment.trace() / plain.trace().clamp_min(TINY) * plain
-    form = how.form
-    if form == "any" and (moments is None or kind == "v" and isinstance(attn.head_norm, HeadNorm)):
-        form = "rotations"  # without data, wider maps only fit the weights better
-    metric = None
-    if how.weighs or form == "rotations":
-        queries = moments["q"].cpu() if moments is not None else None
-        metric = error_metric(attn, kind, weight, reader, moment, queries, form == "rotations")
-    return weight, reader, moment, metric, form
-
-
-@torch.no_grad()
-def compress_layer(attn, config, layer, method, calibration=None):
-    """(the MEA or Latent that replaces `attn`, {"k": error, "v": error}) with what config.kv_heads(layer) says cached.
-
-    Virtual heads, (2) of lowrank.py: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into
-    q_proj as q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and
-    its gain, which is not, goes into W^O first. Latents, (1): P becomes k_proj and v_proj, U k_up_proj and v_up_proj.
-    Keys or values that keep all their heads stay as they are. `calibration` as from `calibrate`; without it weights
-    stand in for the data.
-    """
-    device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
-    new, how = ATTENTION[config.attention](config, layer).to(attn.q_proj.weight), METHODS[method]
-    moments = calibration.moments if calibration is not None and how.sees_data else None
-    ours, theirs = new.state_dict(), attn.state_dict()
-    kept = {name: w for name, w in theirs.items() if name in ours and w.shape == ours[name].shape}
-    new.load_state_dict(kept, strict=False)
-    errors = {"k": 0.0, "v": 0.0}
-    with one_thread():
-        for kind, rank in zip("kv", config.kv_heads(layer)):
-            if f"{kind}_proj.weight" in kept and not is_latent(method):
-                getattr(new, f"compose_{kind}").copy_(composition(attn, kind))
-                continue
-            weight, reader, moment, metric, form = observed(attn, kind, moments, how)
-            if is_latent(method):
-                found = spectrum(weight, "v", moment, metric)  # keys, too: they are cached before RoPE
-                down, up, errors[kind] = keep_features(found, rank * config.head_dim)
-                up = up[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
-                getattr(new, f"{kind}_up_proj").weight.copy_(up)
-            else:
-                w, maps, down, history = approximate(weight, min(rank, len(weight)), kind, form, moment, metric)
-                errors[kind], down = history[-1], down.flatten(0, 1)
-                getattr(new, f"compose_{kind}").copy_(F.pad(w, (0, 0, 0, rank - len(w)))[:, reader])
-                takes_gain = kind == "v" and form == "rotations" and isinstance(attn.head_norm, HeadNorm)
-                absorb_maps(new, attn, kind, maps[reader], takes_gain)
-            set_rows(getattr(new, f"{kind}_proj"), down)
-    new = new.to(device)
-    if moments is not None and how.refits:
-        refit_output(new, calibration, calibration.rope)
-    return new, errors
-
-
-def set_rows(projection, rows):
-    """Give a linear layer the rows (any, C), or with their bias as a last column; what is left of it becomes 0."""
-    rows = F.pad(rows, (0, 0, 0, projection.out_features - len(rows)))  # fewer distinct heads than room
-    projection.weight.copy_(rows[:, : projection.in_features])
-    if projection.bias is not None:
-        projection.bias.copy_(rows[:, -1])
-
-
-def absorb_maps(new, attn, kind, maps, takes_gain):
-    """Put T_h, one (D, D) per query head, into q_proj, for keys, or into o_proj, for values."""
-    n_head, D = attn.n_head, attn.head_dim
-    if kind == "k":
-        for q in new.q_proj.parameters():  # (H*D, C) and, if there is one, the bias (H*D)
-            q.copy_((maps.mT @ q.double().view(n_head, D, -1)).view_as(q))
-        return
-    o = new.o_proj.weight.double().view(-1, n_head, D)
-    if takes_gain:
-        o = o * new.head_norm.weight
-        new.head_norm.weight.fill_(1.0)
-    new.o_proj.weight.copy_(torch.einsum("mha,hab->mhb", o, maps).flatten(1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grouped heads
-
-
-def unfold(attn):
-    """The equal MHA, with a key/value head for each query head, of an MEA without norms; an MHA is one already."""
-    if not isinstance(attn, MEA):
-        return attn
-    config = replace(attn.config, attention="mha", n_kv_head=attn.n_head, compose="full", mea_form="auto")
-    new = MHA(config, attn.layer).to(attn.q_proj.weight)
-    new.load_state_dict({n: w for n, w in attn.state_dict().items() if n.startswith(("q_", "o_"))}, strict=False)
-    for kind in "kv":
-        heads, reader = effective_heads(attn, kind)
-        set_rows(getattr(new, f"{kind}_proj"), heads[reader].flatten(0, 1))
-    return new
-
-
-def joined(heads, kind, group):
-    """The `Spectrum` of a group of heads, a list of numbers, of what `observed` says of all."""
-    weight, _, moment, metric, _ = heads
-    if moment is not None:
-        n, D, _ = weight.shape
-        moment = moment.view(n, D, n, D)[group][:, :, group].flatten(2).flatten(0, 1)
-    return spectrum(weight[group], kind, moment, None if metric is None else metric[group])
-
-
-def choose_groups(cost, n, n_groups):
-    """Divide heads 0 .. n-1 into lists of as many: neighbours first, then two heads change places as long as the sum of
-    cost(group) falls."""
-    size, known = n // n_groups, {}
-
-    def price(*groups):
-        for group in map(frozenset, groups):
-            known[group] = known[group] if group in known else cost(sorted(group))
-        return sum(known[frozenset(group)] for group in groups)
-
-    groups = [list(range(first, first + size)) for first in range(0, n, size)]
-    changed = size > 1
-    while changed:
-        changed = False
-        for a, b in itertools.combinations(groups, 2):
-            for i, j in itertools.product(range(size), repeat=2):
-                before = price(a, b)
-                a[i], b[j] = b[j], a[i]
-                if price(a, b) < before * (1 - 1e-6):
-                    changed = True
-                else:
-                    a[i], b[j] = b[j], a[i]
-    return [sorted(group) for group in groups]
-
-
-def layer_groups(attn, config, calibration):
-    """(the groups of a layer's heads, [energies (D/2, any) of each group's keys, as shares of the layer's])."""
-    how, W = METHODS["gqa"], config.head_dim
-    attn, moments = copy.deepcopy(attn).cpu(), None if calibration is None else calibration.moments
-    with one_thread():
-        heads = {kind: observed(attn, kind, moments, how) for kind in "kv"}
-        energies = lambda kind, group: joined(heads[kind], kind, group).energies
-        all_heads = list(range(attn.n_k))
-        total = {kind: energies(kind, all_heads).sum().clamp_min(TINY) for kind in "kv"}
-
-        def lost(group):
-            each = ((kind, energies(kind, group).flatten().sort(descending=True).values / total[kind]) for kind in "kv")
-            return sum(values[W // 2 if kind == "k" else W :].sum().item() for kind, values in each)
-
-        groups = choose_groups(lost, attn.n_k, config.n_kv_head)
-        return groups, [energies("k", group) / total["k"] for group in groups]
-
-
-@torch.no_grad()
-def join_heads(attn, config, layer, groups, pairs, calibration=None):
-    """(the MHA that replaces the MHA `attn`, {"k": error, "v": error}): each of `groups` becomes one key/value head.
-
-    With (1) of lowrank.py for a group: P becomes its rows of k_proj and v_proj. U_h goes into q_proj, as q_h <- U_h^T
-    q_h sqrt(W / D), for scores are divided by the root of the width W, and into the columns of W^O that read head h.
-    Query heads are put in the order of the groups. `pairs` (W/2) are pairs of the old heads.
-    """
-    device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()
-    moments = None if calibration is None else calibration.moments
-    new, W = MHA(config, layer).to(attn.q_proj.weight), config.head_dim
-    n, H, D = attn.n_k, attn.n_head, attn.head_dim
-    order = torch.tensor(sum(groups, []))  # of key/value heads
-    readers = (order[:, None] * (H // n) + torch.arange(H // n)).flatten()  # of query heads
-    errors, up = {}, {}
-    with one_thread():
-        for kind in "kv":
-            heads = observed(attn, kind, moments, METHODS["gqa"])
-            found = [joined(heads, kind, group) for group in groups]
-            kept = [keep_pairs(each, pairs) if kind == "k" else keep_features(each, W) for each in found]
-            set_rows(getattr(new, f"{kind}_proj"), torch.cat([down for down, _, _ in kept]))
-            up[kind] = torch.cat([maps for _, maps, _ in kept]).repeat_interleave(H // n, dim=0)  # (H, D, W)
-            energies = [each.energies.sum().item() for each in found]
-            lost = sum(share * energy for (_, _, share), energy in zip(kept, energies))
-            errors[kind] = lost / max(sum(energies), TINY)
-        for q, old in zip(new.q_proj.parameters(), attn.q_proj.parameters()):  # (H*D, C) and a bias (H*D)
-            old = old.double().view(H, D, -1)[readers]
-            q.copy_((up["k"].mT @ old * (W / D) ** 0.5).reshape(q.shape))
-        o = attn.o_proj.weight.double().view(-1, H, D)[:, readers]
-        new.o_proj.weight.copy_(torch.einsum("mhd,hdw->mhw", o, up["v"]).flatten(1))
-    new = new.to(device)
-    if moments is not None:
-        refit_output(new, calibration, rope_of_pairs(calibration.rope, pairs))
-    return new, errors
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model
@@ -530,12 +175,6 @@ def check_method(model, method):
 
 def rope_of(model, length):
     return model.rope_cos[:length], model.rope_sin[:length]
-
-
-def rope_of_pairs(rope, pairs):
-    """The (cos, sin) of heads that consist of some `pairs` of the heads that `rope` turns."""
-    columns = torch.cat((pairs, pairs + rope[0].size(-1) // 2))
-    return tuple(table[..., columns] for table in rope)
 
 
 @dataclass
@@ -714,10 +353,15 @@ class Options:
     method: str = option(
         "aligned",
         "virtual heads: svd, the paper's; calibrated, svd in the metric of the data; rotated, and heads turned so that "
-        "they agree; aligned, by any map that costs nothing, W^O refitted. Latents, whose keys are rebuilt when read: "
-        "whitened, an SVD of the outputs; latent, weighted by queries and W^O; absorbed, the same with keys cached "
-        "after RoPE, frequency by frequency, which nothing rebuilds",
+        "they agree; aligned, by any map that costs nothing, W^O refitted. gqa: a plain MHA, whose heads are joined. "
+        "Latents, whose keys are rebuilt when read: whitened, an SVD of the outputs; latent, weighted by queries and "
+        "W^O",
         list(METHODS),
+    )
+    kv_groups: int | None = option(
+        None,
+        "key/value heads that gqa makes; fewer lose less and are wider (default: none wider than before)",
+        least=1,
     )
     budget: str = option("all", "layers that give up heads; probe: measure where they cost least", [*BUDGETS, "probe"])
     data_dir: str = option("", "data set that is reported on (default: the one that the checkpoint was trained on)")
@@ -730,12 +374,14 @@ class Options:
     seed: int = option(0, "of the calibration windows", least=0)
     kernel: str = option("auto", "path of the attention (see functional.py)", PATHS)
     device: str = option("auto", "cpu, cuda or cuda:1; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
 
 
 def open_job(o, given):
     """Check everything before any work: (model, state, data sets by path, the reported one first). Raises ValueError or
     OSError."""
+    if o.kv_groups and not is_grouped(o.method):
+        raise ValueError("kv_groups are for --method gqa: give both or neither")
     if "probe_windows" in given and o.budget != "probe":
         raise ValueError("probe_windows are for --budget probe: give both or neither")
     out = Path(o.out_dir)
@@ -747,37 +393,33 @@ def open_job(o, given):
     model, state = load_checkpoint(o.checkpoint, "cpu" if device.type == "mps" else device)  # mps has no float64
     config = model.config
     check_method(model, o.method)
-    with_ranks(config, choose_ranks(config, o.kv_ratio, o.budget, method=o.method), o.method)
+    ranks = choose_ranks(config, o.kv_ratio, o.budget, method=o.method, kv_groups=o.kv_groups)
+    with_ranks(config, ranks, o.method, o.kv_groups)
     saved = state.get("options")
     data_dir = o.data_dir or (saved.get("data_dir") if isinstance(saved, dict) else None)
     if not isinstance(data_dir, str) or not data_dir:
         how = "give --data_dir (data/prepare.py --tokenizer hf:FOLDER makes one)"
         raise ValueError(f"{o.checkpoint} does not say what data it was trained on: {how}")
-    folders = [part.strip() for part in (o.calibration_data or data_dir).split(",") if part.strip()]
+    o.data_dir, o.calibration_data = data_dir, o.calibration_data or data_dir
     try:
-        texts = {folder: open_dataset(folder) for folder in (data_dir, *folders)}
+        texts = Texts(o.calibration_data, o.data_dir)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; if it lies elsewhere, say where with --data_dir") from None
     o.block_size = o.block_size or min(config.block_size, 512)
     if o.block_size > config.block_size:
         raise ValueError(f"block_size must be between 2 and the model's {config.block_size}, not {o.block_size}")
-    for folder, dataset in texts.items():
-        if not same_tokenizer(o.checkpoint, state, dataset):
-            raise ValueError(f"{folder} was made with another tokenizer than {o.checkpoint}: prepare it with that one")
-        for split, tokens in (("training", dataset.train), ("validation", dataset.val)):
-            if len(tokens) <= o.block_size:
-                raise ValueError(f"the {split} split of {folder} has {len(tokens)} tokens, fewer than a window needs")
-    o.data_dir, o.calibration_data = data_dir, ",".join(folders)
+    check_tokenizer(o.checkpoint, state, texts)
+    texts.check_length(o.block_size)
     return model, state, texts
 
 
 def measure(o, model, windows, dtype):
-    """{folder: loss} of the validation windows of each data set. Raises ValueError if one is not finite."""
+    """{name: loss} of the validation windows of each data set. Raises ValueError if one is not finite."""
     device, losses = model.lm_head.weight.device, {}
-    for folder, part in windows.items():
-        losses[folder] = loss = evaluate(model, part, o.batch_size, device, dtype)
+    for name, part in windows.items():
+        losses[name] = loss = evaluate(model, part, o.batch_size, device, dtype)
         if not math.isfinite(loss):
-            raise ValueError(f"the {model.config.attention} model's loss on {folder} is {loss}: nothing was written")
+            raise ValueError(f"the {model.config.attention} model's loss on {name} is {loss}: nothing was written")
     return losses
 
 
@@ -785,12 +427,8 @@ def compress_and_measure(o, model, texts, start):
     """Compress the model as the options say, in place; returns the report."""
     config, device = model.config, model.lm_head.weight.device
     dtype = choose_dtype("auto", device)
-    windows = {
-        folder: begin(validation_windows(text.val, o.block_size, o.eval_windows), start)
-        for folder, text in texts.items()
-    }
-    samples = Turns([texts[folder].train for folder in o.calibration_data.split(",")], o.block_size, o.seed, start)
-    seen = samples.batch(0, o.calibration_windows + o.probe_windows)
+    windows = texts.validation_windows(o.block_size, o.eval_windows, start)
+    seen = texts.sampler(o.block_size, o.seed, start).batch(0, o.calibration_windows + o.probe_windows)
     tokens = None
     if o.calibration_windows and METHODS[o.method].sees_data:
         tokens = torch.from_numpy(seen[0][: o.calibration_windows]).to(device)
@@ -803,23 +441,30 @@ def compress_and_measure(o, model, texts, start):
         costs = probe(model, o.method, tokens, few, dtype=dtype)
         finite = {item: [None if math.isinf(cost) else cost for cost in each] for item, each in costs.items()}
         report["probe"] = {kind: [finite[layer, kind] for layer in range(config.n_layer)] for kind in "kv"}
-    ranks = choose_ranks(config, o.kv_ratio, o.budget, costs, o.method)
-    errors = compress(model, ranks, o.method, calibrate(model, tokens, dtype=dtype))
+    ranks = choose_ranks(config, o.kv_ratio, o.budget, costs, o.method, o.kv_groups)
+    errors = compress(model, ranks, o.method, calibrate(model, tokens, dtype=dtype), o.kv_groups)
     after, bytes_after = measure(o, model, windows, dtype), model.config.kv_bytes_per_token()
-    own = dict(before=before[o.data_dir], after=after[o.data_dir])
+    name, dataset = reported(o, texts)
+    own = dict(before=before[name], after=after[name])
     return report | dict(
         ranks=[list(pair) for pair in ranks],
         errors=errors,
         kv_bytes_per_token=dict(before=bytes_before, after=bytes_after),
         kv_ratio=bytes_after / bytes_before,
         loss=own,
-        bpb={stage: texts[o.data_dir].bits_per_byte(loss) for stage, loss in own.items()},
-        texts={folder: dict(before=before[folder], after=after[folder]) for folder in texts},
+        bpb={stage: dataset.bits_per_byte(loss) for stage, loss in own.items()},
+        texts={name: dict(before=before[name], after=after[name]) for name in before},
     )
 
 
-def publish(o, model, state, dataset, start, report):
+def reported(o, texts):
+    """(name, data set) of --data_dir."""
+    return next((name, dataset) for name, dataset in texts.measured.items() if dataset.folder == Path(o.data_dir))
+
+
+def publish(o, model, state, texts, start, report):
     """Write the model, its tokenizer and the report as out_dir, a run folder."""
+    _, dataset = reported(o, texts)
     with new_folder(o.out_dir, o.overwrite) as folder:
         saved = dict(model=model.state_dict(), config=asdict(model.config), data=describe_data(dataset))
         saved |= dict(options=dict(data_dir=str(dataset.folder)), start_of_text=bool(start))
@@ -833,9 +478,9 @@ def publish(o, model, state, dataset, start, report):
 
 def print_report(report):
     say(f"\n{'':<28}{'before':>14}{'after':>14}")
-    for folder, loss in report["texts"].items():
+    for name, loss in report["texts"].items():
         more = loss["after"] - loss["before"]
-        say(f"{'loss, ' + Path(folder).name:<28}{loss['before']:14.4f}{loss['after']:14.4f}   ({more:+.4f})")
+        say(f"{'loss, ' + Path(name).name:<28}{loss['before']:14.4f}{loss['after']:14.4f}   ({more:+.4f})")
     for name, key, form in (("bits per byte", "bpb", "14.4f"), ("cached bytes per token", "kv_bytes_per_token", "14,")):
         say(f"{name:<28}" + "".join(f"{value:{form}}" for value in report[key].values()))
     say("\nlayer   keys  values   % of energy lost: keys  values")
@@ -849,7 +494,7 @@ def healing_command(o):
     how |= {} if o.data_dir in o.calibration_data.split(",") else dict(eval_data=o.data_dir)
     how |= dict(window=o.block_size, final_rate=0, learning_rate=3e-4, weight_decay=0, max_steps=35, warmup_steps=3)
     how |= dict(out_dir=f"{o.out_dir}-healed")
-    return "python train.py " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in how.items())
+    return shown_command("python", "train.py", *(word for name, value in how.items() for word in (f"--{name}", value)))
 
 
 def main(argv=None):
@@ -857,17 +502,17 @@ def main(argv=None):
     try:
         o.out_dir = o.out_dir or f"{o.checkpoint.rstrip('/')}-kv{o.kv_ratio:g}"
         model, state, texts = open_job(o, given)
-        start = () if starts_bare(state) else texts[o.data_dir].tokenizer.start_of_text
+        start = () if starts_bare(state) else texts.tokenizer.start_of_text
         set_kernel(o.kernel)
         if o.threads:
             torch.set_num_threads(o.threads)
         torch.manual_seed(o.seed)
         report = compress_and_measure(o, model, texts, start)
-        publish(o, model, state, texts[o.data_dir], start, report)
+        publish(o, model, state, texts, start, report)
     except (ValueError, OSError) as error:
         fail(error)
     print_report(report)
-    say(f"\nwrote {o.out_dir}; try: python sample.py --checkpoint {shlex.quote(o.out_dir)}")
+    say(f"\nwrote {o.out_dir}; try: {shown_command('python', 'sample.py', '--checkpoint', o.out_dir)}")
     say(f"heal it: {healing_command(o)}")
 
 

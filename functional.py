@@ -21,15 +21,10 @@ CPU (`blocks_are_faster`), otherwise sdpa; never triton, whose kernels have not 
 Read next: attention.py, which is built from this; kernels.py for the kernels.
 
     python functional.py              # a numeric check of each path that this machine has
-    python functional.py --time       # blocks beside torch's fused attention on this machine
 """
 
-import argparse
 import functools
-import itertools
 import logging
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -251,7 +246,7 @@ def block_attention(q, k, v, positions, dropout):
 
 
 def blocks_are_faster(q, k, gradient, positions=None):
-    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (`--time`).
+    """Whether `BlockAttention` beat torch's fused attention wherever it was timed (roofline.py --blocks).
 
     In training on a CPU, in windows short enough to keep the weights and with enough scores to fill the machine.
     """
@@ -524,41 +519,7 @@ def check_paths(device):
         print("TRITON_INTERPRET=1 python functional.py runs the kernels themselves here, slowly")
 
 
-def time_blocks(device, rounds=9, heads=64):
-    """A table of the time of attention in blocks over that of torch's fused attention, in turns: medians of ratios."""
-    print(f"blocks / sdpa, {heads} heads, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| dtype | D | T | sdpa, forward ms | blocks | sdpa, with backward ms | blocks |")
-    print("|---|---|---|---|---|---|---|")
-    shapes = itertools.product((torch.bfloat16, torch.float32), (16, 32, 64), (128, 256, 512, 1024, 2048))
-    for dtype, D, T in shapes:
-        q, k, v, g = (torch.randn(8, T, heads // 8, D, device=device).to(dtype).transpose(1, 2) for _ in "qkvg")
-        cells = []
-        for grad in (False, True):
-            seconds, inputs = {"sdpa": [], "blocks": []}, [x.detach().requires_grad_(grad) for x in (q, k, v)]
-            for path in ("sdpa", "blocks") * (rounds + 1):  # the first round warms up
-                began = time.perf_counter()
-                out = causal_attention(*inputs, path=path)
-                if grad:
-                    torch.autograd.grad(out, inputs, g)
-                seconds[path].append(time.perf_counter() - began)
-            sdpa, blocks = seconds["sdpa"][1:], seconds["blocks"][1:]
-            ratio = statistics.median(b / a for a, b in zip(sdpa, blocks))
-            cells += [f"{1e3 * statistics.median(sdpa):.1f}", f"{ratio:.2f}"]
-        print(f"| {str(dtype).removeprefix('torch.')} | {D} | {T} | " + " | ".join(cells) + " |", flush=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Check the attention paths on this machine, or time them.")
-    parser.add_argument("--time", action="store_true", help="blocks of queries beside torch's fused attention")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    run = time_blocks if arguments.time else check_paths
-    run("cuda" if torch.cuda.is_available() else "cpu")
-
-
 if __name__ == "__main__":
     from options import run_program
 
-    run_program(main)
+    run_program(lambda: check_paths("cuda" if torch.cuda.is_available() else "cpu"))

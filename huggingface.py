@@ -3,21 +3,23 @@
     python huggingface.py --checkpoint out/mha --out_dir out/exported      # a folder that transformers loads
 
 In: a folder, a name on the hub, or a .gguf file of a Llama, Mistral, Qwen2 or Qwen3, or whatever computes the same.
-Out: an MHA, and an MEA without head norm, as a Llama, Qwen2 or Qwen3. No code in a folder is run, nothing is unpickled.
-The names of the parameters are Llama's on both sides. Read `model.py` first and `checkpoint.py` next.
+Out: an MHA, whatever `compress.py --method gqa` made, and an MEA without head norm, as a Llama, Qwen2 or Qwen3. No code
+in a folder is run, nothing is unpickled. The names of the parameters are Llama's on both sides. Read `model.py` first
+and `checkpoint.py` next.
 """
 
 from options import fail, new_folder, option, parse_options, read_json, refuse_pointer, run_program, say
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
-from attention import MEA, MHA
+from attention import MEA, MHA, one_hot_composition
+from lowrank import one_wide_head
 from model import GPT, GPTConfig
 
 # The fields of `GPTConfig` that a transformers config has under another name, or the same.
@@ -235,25 +237,59 @@ def folded_to_mha(attention):
     return equal
 
 
+@torch.no_grad()
+def as_mha(model):
+    """The equal model of plain attention (`mha`) of an MEA without head norm; an MHA is one already.
+
+    As many components as heads fold into the projections. One-hot compositions are grouped queries. Any others become
+    one wide key/value head, which caches as many numbers (see `lowrank.one_wide_head`). Raises ValueError.
+    """
+    c, layers = model.config, [block.self_attn for block in model.layers]
+    if c.attention != "mea":
+        return model
+    D, H, counts = c.head_dim, c.n_head, [c.kv_heads(layer) for layer in range(c.n_layer)]
+    n = max(map(max, counts))
+    grouped = all(
+        type(layer) is MEA and n_k == n_v == n and H % n == 0 and torch.equal(w, one_hot_composition(n, H).to(w))
+        for layer, (n_k, n_v) in zip(layers, counts)
+        for w in layer.compositions()
+    )
+    plain = dict(attention="mha", compose="full", mea_form="auto")
+    if grouped:
+        config = replace(c, n_kv_head=n, **plain)
+        attention = [{name: w for name, w in layer.state_dict().items() if "compose_" not in name} for layer in layers]
+    elif counts == [(H, H)] * c.n_layer:
+        config = replace(c, n_kv_head=H, **plain)
+        attention = [folded_to_mha(layer).state_dict() for layer in layers]
+    else:
+        if c.qk_norm or any(type(layer) is not MEA for layer in layers):
+            raise ValueError("QK-norm, or more than MEA, stands between the components of this model and plain heads")
+        rope = c.rope_frequencies or [c.rope_theta ** (-2 * i / D) for i in range(D // 2)]
+        config = replace(c, n_kv_head=1, head_dim=n * D, rope_frequencies=rope * n, **plain)
+        weights = [layer.state_dict() | dict(zip(("compose_k", "compose_v"), layer.compositions())) for layer in layers]
+        attention = [one_wide_head(each, D, n) for each in weights]
+    shared = {name: w for name, w in model.state_dict().items() if ".self_attn." not in name}
+    own = {f"layers.{i}.self_attn.{name}": w for i, each in enumerate(attention) for name, w in each.items()}
+    equal = GPT(config)
+    equal.load_state_dict(shared | own)
+    return equal.eval()
+
+
 def exported_model(model, special_tokens):
     """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3.
 
     `special_tokens` has the ids that begin and end a text. Raises ValueError for a model that none of them can say.
     """
-    c, weights = model.config, model.state_dict()
-    if c.head_norm:
+    if model.config.head_norm:
         raise ValueError("a model with a head norm cannot be exported: transformers has no Llama with one")
-    if c.attention not in ("mha", "mea"):
+    model = as_mha(model)
+    c, weights = model.config, model.state_dict()
+    if c.attention != "mha":
         raise ValueError(f"{c.attention} cannot be exported: transformers has no Llama with it, only with mha")
     if len({c.kv_heads(layer) for layer in range(c.n_layer)}) > 1:
         raise ValueError("layers with different numbers of key/value heads cannot be exported: a Llama has one number")
     if c.qk_norm and c.attention_bias:
         raise ValueError("qk_norm with attention_bias cannot be exported: Qwen3 has the first, Qwen2 the second")
-    for i, block in enumerate(model.layers):
-        if isinstance(block.self_attn, MEA):
-            prefix = f"layers.{i}.self_attn."
-            weights = {name: w for name, w in weights.items() if not name.startswith(prefix)}
-            weights |= {prefix + name: w for name, w in folded_to_mha(block.self_attn).state_dict().items()}
     if c.embedding_multiplier != 1:  # goes into the embedding, which is then no longer the head
         weights["embed_tokens.weight"] = weights["embed_tokens.weight"] * c.embedding_multiplier
     rope = dict(rope_type="default", rope_theta=c.rope_theta)

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout  # torch brings it
 
 from attention import ATTENTION
-from checkpoint import FORMAT, find_checkpoint, load_checkpoint
+from checkpoint import FORMAT, find_checkpoint, known_settings, load_checkpoint
 from data import prepare
 from data.texts import Texts, split_list
 from data.tokenizer import load_tokenizer
@@ -92,6 +92,8 @@ def open_run(o, given):
     if o.resume and (o.overwrite or o.init_from):
         other = "overwrite replaces it" if o.overwrite else "init_from begins another"
         raise ValueError(f"resume goes on with a run and {other}: give one of them")
+    if o.preset == "heal" and not (o.init_from or o.resume):
+        raise ValueError("preset heal goes on from a model: say which with --init_from")
     out, state = Path(o.out_dir or f"out/{o.preset}"), None
     if o.resume:
         state = load_checkpoint(out)[1]
@@ -135,9 +137,10 @@ def resumed_options(o, given, state, out):
     if lacking := {"optimizer", "options", "step", "rng", "data"} - set(state):
         why = f"weights without a training run to go on with ({min(lacking)})"
         raise ValueError(f"{out} holds {why}: use --init_from {out}")
-    if unknown := sorted(set(state["options"]) - {f.name for f in fields(o)}):
+    settings = known_settings(type(o), state["options"])
+    if unknown := sorted(set(settings) - {f.name for f in fields(o)}):
         raise ValueError(f"{out} cannot be resumed: this program has no option {unknown[0]}")
-    saved = type(o)(**state["options"])
+    saved = type(o)(**settings)
     _, world_size = ranks()
     micro_batches = saved.grad_accum * state.get("world_size", 1)  # a step's, in all processes together
     if micro_batches % world_size:

@@ -60,6 +60,9 @@ TRAINING = {
     "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, eval_every=500, **LONG),
 }
 PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
+# What is trained on after compress.py (2601.19611, section 5.2: a cosine to 0): a model of any shape, with --init_from.
+HEAL = dict(block_size=512, max_steps=35, warmup_steps=3, learning_rate=3e-4, final_rate=0.0, weight_decay=0.0)
+PRESETS["heal"] = HEAL
 
 run, data, optimisation, machine = (partial(option, group=name) for name in ("run", "data", "optimisation", "machine"))
 
@@ -67,7 +70,7 @@ run, data, optimisation, machine = (partial(option, group=name) for name in ("ru
 @dataclass
 class Options(GPTConfig):
     vocab_size: int = 256  # comes with the data
-    preset: str = run("small", "model shape and training settings; every other option overrides its own", PRESETS)
+    preset: str = run("small", "model shape and training settings (heal: settings); other options override it", PRESETS)
     data_dir: str = run(DEFAULT_DATA, "prepared data set (see data/prepare.py), or several with commas between them")
     max_steps: int = run(350, "optimiser steps", least=1)
     out_dir: str = run("", "run folder (default: out/<preset>)")

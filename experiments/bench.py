@@ -303,7 +303,7 @@ class Options:
     memory: bool = option(False, "peak memory of a training step against the sequence's length (CPU, Linux; minutes)")
     nanogpt: str = option("", "a checkout of nanoGPT, which --training measures beside ours (on the CPU)")
     dtype: str = option("auto", "of --training, as train.py's", ["auto", "float32", "bfloat16"])
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
     results: str = option("", "name of the .json, .md and .png (default: experiments/results/bench)")
 
 

@@ -27,12 +27,13 @@ from options import choose_dtype, fail, option, parse_options, run_program, writ
 import torch
 
 from attention import one_hot_composition
-from compress import METHODS, Calibration, calibrate, choose_ranks, compress, probe
+from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
 from data.texts import Turns
 from data.sampler import validation_windows
 from huggingface import from_pretrained
 from model import KVCache
+from surgery import Calibration
 from train import evaluate
 
 
@@ -74,7 +75,10 @@ OURS = {  # row: (options of compress.py, whether it is healed)
     "aligned": ("--method aligned", True),
     "aligned, probe": ("--method aligned --budget probe", True),
     "whitened": ("--method whitened", False),
-    "absorbed": ("--method absorbed", False),
+    "gqa": ("--method gqa", True),  # of models without a head norm
+    "gqa, one group": ("--method gqa --kv_groups 1", False),
+    "aligned, a quarter": ("--method aligned --kv_ratio 0.25", True),
+    "gqa, a quarter": ("--method gqa --kv_ratio 0.25", True),
     "latent": ("--method latent", False),
 }
 
@@ -111,14 +115,15 @@ def our_checkpoints(o):
         return json.loads(lines[-1])["val_loss"]
 
     for folder in folders:
+        normed = json.loads((folder / "config.json").read_text())["model"]["head_norm"]
         for name in OURS:
-            rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
+            if not (normed and "gqa" in name):
+                rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
     cells = []
     for kind in sorted({folder.name.split("-seed")[0] for folder in folders}):
-        losses = {
-            name: [rows[f"{f.name} | {name}"]["loss"] for f in folders if f.name.split("-seed")[0] == kind]
-            for name in OURS
-        }
+        mine = [folder.name for folder in folders if folder.name.split("-seed")[0] == kind]
+        made = [name for name in OURS if f"{mine[0]} | {name}" in rows]
+        losses = {name: [rows[f"{checkpoint} | {name}"]["loss"] for checkpoint in mine] for name in made}
         gains = {name: [loss["after"] - loss["before"] for loss in mine] for name, mine in losses.items()}
         for name, mine in losses.items():
             ratio = statistics.mean(gain / svd for gain, svd in zip(gains[name], gains["svd"]))
@@ -132,8 +137,8 @@ def our_checkpoints(o):
 # ---------------------------------------------------------------------------------------------------------------------
 # A pretrained model
 
-PEERS = ("latent", "whitened", "absorbed", "aligned, probe", "aligned", "rotated", "pooled", "svd")
-MAIN = ("latent", "whitened", "absorbed", "aligned")  # with every seed, at half the cache
+PEERS = ("latent", "whitened", "gqa", "aligned, probe", "aligned", "rotated", "pooled", "svd")
+MAIN = ("latent", "whitened", "gqa", "aligned")  # with every seed, at half the cache
 RATIOS = (1 / 2, 1 / 3, 2 / 3)
 
 
@@ -209,6 +214,8 @@ def pretrained(o):
         model, (method, *probed) = copy.deepcopy(load()), name.split(", ")
         pooled, method = method == "pooled", "svd" if method == "pooled" else method
         seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
+        if method == "gqa":  # each layer sees what the replaced ones put out
+            seen = calibrate(model, windows_seen(seed)[0], dtype=dtype)
         began, costs = time.monotonic(), None
         if probed:
             tokens, few = windows_seen(seed)
@@ -218,7 +225,7 @@ def pretrained(o):
             pool(model, ranks)
         compress(model, ranks, method, seen)
         seconds = dict(calibrating=round(seconds, 1), fitting=round(time.monotonic() - began, 1))
-        heads = [[n * model.config.cached_dim / model.config.head_dim for n in pair] for pair in ranks]
+        heads = [[n / load().config.head_dim for n in pair] for pair in ranks] if method == "gqa" else ranks
         return dict(loss=losses(model), heads=heads, seconds=seconds)
 
     def decoded(method):
@@ -277,7 +284,7 @@ class Options:
     probe_windows: int = option(6, "windows that a probe measures it on", least=1)
     eval_windows: int = option(8, "windows of each data set to measure it on", least=1)
     seeds: int = option(3, "calibrations at half the cache", least=1)
-    decode: str = option("original,aligned,absorbed,latent", "methods whose decoding is timed")
+    decode: str = option("original,aligned,gqa,latent", "methods whose decoding is timed")
     threads: int = option(1, "CPU threads", least=1)
 
 

@@ -227,7 +227,7 @@ class Options:
     num_fewshot: int | None = option(None, "solved questions before each (default: the task's, mostly 0)", least=0)
     batch_size: int = option(16, "rows at a time", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
-    threads: int = option(0, "CPU threads (0: as many as cores)", least=0)
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 
     python experiments/roofline.py                                     # the cost model; times of the paths of a CPU
     python experiments/roofline.py --targets sm_80,sm_90,sm_100,gfx942 # registers, spills, and what the loops do
+    python experiments/roofline.py --blocks --threads 1                # attention in blocks beside torch's, by shape
 
 The cost model counts bytes and FLOPs from the shapes; the roofline is the larger of bytes / bandwidth and FLOPs / peak.
 Beside it stand counts from code compiled ahead of time: the bytes of the asynchronous copies and the FLOPs of the
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from functional import mea_attention, mea_decode, rms_norm
+from functional import causal_attention, mea_attention, mea_decode, rms_norm
 from kernels import triton
 
 if triton is not None:
@@ -333,11 +334,31 @@ def print_timings(B, T, S, H, D, n):
     print_table(["step", "path", "ms", "ratio to SDPA alone", "TFLOP/s", "GB/s"], rows)
 
 
+def print_blocks(rounds=9, heads=64):
+    """Attention in blocks of queries beside torch's fused attention: what `functional.blocks_are_faster` rests on."""
+    print(f"blocks / sdpa, {heads} heads, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    shapes = itertools.product((torch.bfloat16, torch.float32), (16, 32, 64), (128, 256, 512, 1024, 2048))
+    paths = {path: lambda q, k, v, gain, path=path: causal_attention(q, k, v, path=path) for path in ("sdpa", "blocks")}
+
+    def cells():
+        for dtype, D, T in shapes:
+            taken = [
+                time_jobs(jobs, "cpu", rounds)
+                for jobs in attention_jobs(paths, 8, T, heads // 8, D, "cpu", dtype).values()
+            ]
+            times = [f"{value:.2f}" for sdpa, blocks in taken for value in (1e3 * sdpa[2], blocks[3][1])]
+            yield [str(dtype).removeprefix("torch."), str(D), str(T), *times]
+
+    print_table(["dtype", "D", "T", "sdpa, forward ms", "blocks", "sdpa, with backward ms", "blocks"], cells())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Options:
+    blocks: bool = option(False, "time attention in blocks of queries beside torch's fused attention")
+    threads: int = option(0, "CPU threads (0: as many as cores)", least=0, most=1024)
     targets: str = option("", f"GPUs to compile for, with commas between them: of {', '.join(TARGETS)}")
 
 
@@ -348,7 +369,11 @@ def main(argv=None):
         fail(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
     if targets and (triton is None or kernels.INTERPRETED):
         fail("--targets needs triton (pip install triton), without TRITON_INTERPRET in the environment")
-    if targets:
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    if o.blocks:
+        print_blocks()
+    elif targets:
         print_compiled(targets)
     else:
         print_rooflines()

@@ -308,12 +308,12 @@ def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_
     )
     to_pretrained(GPT(config), tmp_path / "tiny")
     options = f"--pretrained {tmp_path / 'tiny'} --calibration_data {data} --data_dir {data} --block_size 32 --seeds 2"
-    options += " --calibration_windows 2 --probe_windows 1 --eval_windows 2 --decode original,absorbed"
+    options += " --calibration_windows 2 --probe_windows 1 --eval_windows 2 --decode original,gqa"
     options += f" --out_dir {tmp_path / 'out'}"
     compression.main(options.split())
     rows = json.loads((tmp_path / "compression-tiny.json").read_text())
-    wanted = {"original", "0.333 | svd | 0", "0.500 | rotated | 0", "0.500 | latent | 1", "decoding | absorbed"}
-    wanted |= {"0.500 | absorbed | 1", "0.500 | aligned, probe | 0"}
+    wanted = {"original", "0.333 | svd | 0", "0.500 | rotated | 0", "0.500 | latent | 1", "decoding | gqa"}
+    wanted |= {"0.500 | gqa | 1", "0.500 | aligned, probe | 0"}
     assert wanted <= {*rows} and rows["0.500 | latent | 0"]["heads"] == [[1, 2], [1, 2]]
     cost = rows["0.667 | svd | 0"]["loss"]["set"] - rows["original"]["set"]
     lines = (tmp_path / "compression-tiny.md").read_text().splitlines()

@@ -53,6 +53,25 @@ def test_flipped_bits_and_truncations_are_found_and_the_checkpoint_before_named(
             load_checkpoint(folder)
 
 
+def test_a_run_with_settings_that_went_goes_on_bit_for_bit(folder, tmp_path, capsys):
+    """Unset they said nothing; one that was set is named."""
+    shutil.copytree(folder, tmp_path / "new")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for settings in (state["config"], state["options"]):
+        settings |= dict(latent_dim=None, latent_rotated=False)
+    for name in ("window", "final_rate", "teacher", "train_only", "freeze", "eval_data"):
+        del state["options"][name]
+    save_checkpoint(folder, state | dict(spikes=dict(count=0)))
+    for resumed in (folder, tmp_path / "new"):
+        train.main(["--resume", "--max_steps", "64", "--out_dir", str(resumed)])
+    a, b = (load_checkpoint(run)[1] for run in (folder, tmp_path / "new"))
+    assert same_state(a, b) and metrics(folder)[-1]["val_loss"] == metrics(tmp_path / "new")[-1]["val_loss"]
+    state["config"]["latent_rotated"] = True
+    save_checkpoint(folder, state)
+    capsys.readouterr()
+    assert "unexpected keyword argument 'latent_rotated'" in refused(capsys, sample.main, "--checkpoint", folder)
+
+
 class Killed(BaseException):
     """In place of SIGKILL: nothing of ours catches it."""
 

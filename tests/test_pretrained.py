@@ -17,6 +17,7 @@ import train
 from data.dataset import open_dataset
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer, load_tokenizer
+from attention import one_hot_composition
 from checkpoint import load_checkpoint
 from huggingface import from_pretrained, to_pretrained
 from model import GPT, GPTConfig
@@ -265,6 +266,10 @@ def ours(**fields):
         (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
         (dict(attention="mea", head_norm=False), "llama"),
         (dict(attention="mea", head_norm=False, attention_bias=True), "qwen2"),
+        (dict(attention="mea", head_norm=False, n_kv_head=2), "llama"),  # one wide head
+        (dict(attention="mea", head_norm=False, n_kv_head=[[2, 3], [1, 2]], attention_bias=True), "qwen2"),
+        (dict(attention="mea", head_norm=False, n_kv_head=3, rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
+        (dict(attention="mea", head_norm=False, compose="diagonal", n_kv_head=2), "llama"),
     ],
     ids=str,
 )
@@ -284,6 +289,18 @@ def test_what_is_written_is_read_by_transformers_and_here(tmp_path, fields, kind
     torch.testing.assert_close(again(tokens(2, 37))[0], model(tokens(2, 37))[0], rtol=1e-4, atol=1e-4)
 
 
+def test_one_hot_compositions_leave_as_grouped_queries(tmp_path):
+    model = ours(attention="mea", head_norm=False, n_kv_head=2)
+    with torch.no_grad():
+        for block in model.layers:
+            for w in (block.self_attn.compose_k, block.self_attn.compose_v):
+                w.copy_(one_hot_composition(2, 4))
+    to_pretrained(model, tmp_path / "new")
+    again = from_pretrained(tmp_path / "new")
+    assert again.config.n_kv_head == 2 and again.config.head_dim == 8  # nothing is wider
+    torch.testing.assert_close(again(tokens(2, 37))[0], model(tokens(2, 37))[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_read_and_written_has_the_same_weights(llama, tmp_path):
     to_pretrained(from_pretrained(llama), tmp_path / "new")
     first, second = load_file(llama / "model.safetensors"), load_file(tmp_path / "new" / "model.safetensors")
@@ -297,7 +314,10 @@ def test_a_model_read_and_written_has_the_same_weights(llama, tmp_path):
         (dict(attention="mea"), "head norm"),
         (dict(attention="tha"), "tha cannot be exported"),
         (dict(attention="dfa", head_norm=False), "dfa cannot be exported"),
-        (dict(attention="mea", head_norm=False, n_kv_head=2), "only a full set of components"),
+        (
+            dict(attention="mea", head_norm=False, n_kv_head=2, qk_norm=True),
+            "QK-norm, or more than MEA, stands between",
+        ),
         (dict(attention="mea", head_norm=False, qk_norm=True), "QK-norm stands between"),
         (dict(n_kv_head=[[2, 2], [4, 4]]), "different numbers of key/value heads"),
         (dict(qk_norm=True, attention_bias=True), "Qwen3 has the first"),

@@ -254,6 +254,7 @@ MISTAKES = """
 --kernel fast => choose from
 --device quantum => device 'quantum' is not available
 --resume => no checkpoint at
+--preset heal => preset heal goes on from a model: say which with --init_from
 --train_only q_projection => no parameter has 'q_projection' in its name
 --freeze e => leave nothing to train
 --window 65 => window must be at most the model's block_size 64, not 65
