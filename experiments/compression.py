@@ -2,11 +2,13 @@
 
     python experiments/compression.py --checkpoints out/sweep/mha-seed0,out/sweep/mea-seed0
     python experiments/compression.py --pretrained FOLDER --calibration_data data/a,data/b,data/c --data_dir data/d
+    python experiments/compression.py --exported FOLDER,out/half-hf
 
 The first runs compress.py on checkpoints of ours, heals, and trains the originals for the same steps. The second
 measures a Hugging Face model before any healing, on text like the calibration texts and on text that calibration never
-saw, and how fast it decodes. Finished rows are kept in experiments/results/, so that the command can be repeated until
-it is done; experiments/LOG.md names the weights and the data of the committed tables. Read compress.py first.
+saw, and how fast it decodes. The third times folders that huggingface.py wrote in transformers. Finished rows are kept
+in experiments/results/, so that the command can be repeated until it is done; experiments/LOG.md names the weights and
+the data of the committed tables. Read compress.py first.
 """
 
 import copy
@@ -31,7 +33,7 @@ from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
 from data.texts import Turns
 from data.sampler import validation_windows
-from huggingface import from_pretrained
+from huggingface import from_pretrained, import_transformers
 from model import KVCache
 from surgery import Calibration
 from train import evaluate
@@ -271,6 +273,58 @@ def peers_table(rows, o):
         yield from ["", f"Decoding, one row, float32, threads: {o.threads}.", "", *table(heads, cells)]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Exported models, in transformers
+
+
+@torch.inference_mode()
+def in_transformers(o, tokens=8, rounds=5):
+    """Cache and speed of Hugging Face folders as transformers itself has them, in turns, behind contexts of noise."""
+    torch.set_num_threads(o.threads)
+    transformers = import_transformers()
+    folders = o.exported.split(",")
+    models = {f: transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in folders}
+    rows = Rows(RESULTS / f"exported-{Path(folders[0]).name}.json")
+
+    def step(model, context):
+        """(seconds a token, bytes) of decoding with a cache of its own kind that holds `context` positions."""
+        c, cache = model.config, transformers.DynamicCache(config=model.config)
+        for layer in range(c.num_hidden_layers):
+            shape = 1, c.num_key_value_heads, context, c.head_dim
+            cache.update(torch.randn(shape), torch.randn(shape), layer)
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        token, began = torch.zeros(1, 1, dtype=torch.long), time.perf_counter()
+        for _ in range(tokens):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return (time.perf_counter() - began) / tokens, size
+
+    for context in (1024, 4096, 8192):
+        taken = {folder: [] for folder in folders}
+        for _ in range(rounds + 1):  # the first round warms up
+            for folder, model in models.items():
+                taken[folder].append(step(model, context - tokens))
+        for folder in folders:
+            seconds, sizes = zip(*taken[folder][1:])
+            ratio = statistics.median(
+                own / base for (own, _), (base, _) in zip(taken[folder][1:], taken[folders[0]][1:])
+            )
+            speed = dict(tokens_per_second=1 / statistics.median(seconds), time_to_first=ratio, cache_bytes=sizes[0])
+            rows.fill(f"{Path(folder).name} | {context}", lambda: speed)
+    cells = [
+        [
+            *name.split(" | "),
+            f"{row['tokens_per_second']:.2f}",
+            f"{row['time_to_first']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.1f}",
+        ]
+        for name, row in rows.items()
+    ]
+    heads = ["model", "positions", "tokens/s", "time, ratio to the first", "MiB of cache"]
+    rows.write_table(
+        [f"transformers {transformers.__version__}, float32, threads: {o.threads}.", "", *table(heads, cells)]
+    )
+
+
 @dataclass
 class Options:
     checkpoints: str = option("", "run folders with commas between them, named <variant>-seed<n>")
@@ -285,17 +339,18 @@ class Options:
     eval_windows: int = option(8, "windows of each data set to measure it on", least=1)
     seeds: int = option(3, "calibrations at half the cache", least=1)
     decode: str = option("original,aligned,gqa,latent", "methods whose decoding is timed")
+    exported: str = option("", "Hugging Face folders, the original first, that are timed in transformers")
     threads: int = option(1, "CPU threads", least=1)
 
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    if bool(o.checkpoints) == bool(o.pretrained):
-        fail("give --checkpoints or --pretrained")
+    if [bool(o.checkpoints), bool(o.pretrained), bool(o.exported)].count(True) != 1:
+        fail("give --checkpoints, --pretrained or --exported")
     if o.pretrained and not (o.data_dir and o.calibration_data):
         fail("--pretrained needs --data_dir and --calibration_data")
     try:
-        pretrained(o) if o.pretrained else our_checkpoints(o)
+        (pretrained if o.pretrained else our_checkpoints if o.checkpoints else in_transformers)(o)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         fail(error)
 
