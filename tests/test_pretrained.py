@@ -19,6 +19,7 @@ from data.prepare import prepare
 from data.tokenizer import get_tokenizer, load_tokenizer
 from attention import one_hot_composition
 from checkpoint import load_checkpoint
+from compress import calibrate, compress, uniform_ranks
 from huggingface import from_pretrained, to_pretrained
 from model import GPT, GPTConfig
 
@@ -383,6 +384,27 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path, monkeypa
     for path in ("out/smal", "./a/b", "../a/b", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
             load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["llama, untied, GQA, llama3 rope", "llama, tied", "qwen2", "mistral"])
+@pytest.mark.parametrize("kv_groups", [None, 1])
+def test_half_a_cache_goes_in_and_out(tmp_path, kind, kv_groups):
+    """Imported, compressed, exported: transformers has the same logits, the same text and half the cache."""
+    transformers = pytest.importorskip("transformers")
+    model = theirs(kind)
+    model.save_pretrained(tmp_path / "in")
+    ours, state = load_checkpoint(tmp_path / "in")
+    ranks = uniform_ranks(ours.config, 0.5, "all", "gqa", kv_groups)
+    compress(ours, ranks, "gqa", calibrate(ours, tokens(6, 40, seed=3)), kv_groups)
+    to_pretrained(ours, tmp_path / "out", pretrained=state["pretrained"])
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert_same_logits(ours, half)
+    new = half.generate(tokens(1, 9), max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    assert ours.generate(tokens(1, 9).tolist(), 12, temperature=0) == [new.sequences[0, 9:].tolist()]
+    whole = model.generate(tokens(1, 9), max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    size = lambda cache: sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert size(new.past_key_values) * 2 == size(whole.past_key_values)
+    assert_same_logits(from_pretrained(tmp_path / "out"), half)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
