@@ -490,17 +490,16 @@ def print_report(report):
 
 def healing_command(o):
     """What trains the compressed model towards the original, as one would paste it."""
-    how = dict(init_from=o.out_dir, teacher=o.checkpoint, data_dir=o.calibration_data)
+    how = dict(preset="heal", init_from=o.out_dir, teacher=o.checkpoint, data_dir=o.calibration_data)
     how |= {} if o.data_dir in o.calibration_data.split(",") else dict(eval_data=o.data_dir)
-    how |= dict(window=o.block_size, final_rate=0, learning_rate=3e-4, weight_decay=0, max_steps=35, warmup_steps=3)
-    how |= dict(out_dir=f"{o.out_dir}-healed")
+    how |= dict(window=o.block_size, out_dir=f"{o.out_dir}-healed")
     return shown_command("python", "train.py", *(word for name, value in how.items() for word in (f"--{name}", value)))
 
 
 def main(argv=None):
     o, given = parse_options(Options, argv)
     try:
-        o.out_dir = o.out_dir or f"{o.checkpoint.rstrip('/')}-kv{o.kv_ratio:g}"
+        o.out_dir = o.out_dir or f"{Path(o.checkpoint)}-kv{o.kv_ratio:g}"
         model, state, texts = open_job(o, given)
         start = () if starts_bare(state) else texts.tokenizer.start_of_text
         set_kernel(o.kernel)
@@ -514,6 +513,10 @@ def main(argv=None):
     print_report(report)
     say(f"\nwrote {o.out_dir}; try: {shown_command('python', 'sample.py', '--checkpoint', o.out_dir)}")
     say(f"heal it: {healing_command(o)}")
+    if is_grouped(o.method):
+        shape = f"{model.config.n_kv_head} key/value heads of {model.config.head_dim}"
+        export = shown_command("python", "huggingface.py", "--checkpoint", o.out_dir, "--out_dir", f"{o.out_dir}-hf")
+        say(f"{shape}, a plain MHA; for any engine: {export}")
 
 
 if __name__ == "__main__":

@@ -555,7 +555,7 @@ def test_the_command_that_heals_can_be_pasted(trained, data, tmp_path, capsys):
     """Every option is one of train.py's, and paths survive a shell."""
     out, mha = tmp_path / "a half", trained / "mha"
     program.main(["--checkpoint", str(mha), "--out_dir", str(out), "--eval_windows", "1", "--block_size", "32"])
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("heal it: "))
     python, script, *words = shlex.split(line.removeprefix("heal it: "))
     given = dict(zip(words[::2], words[1::2]))
     assert (python, script) == ("python", "train.py") and given["--init_from"] == str(out)
@@ -563,6 +563,18 @@ def test_the_command_that_heals_can_be_pasted(trained, data, tmp_path, capsys):
     assert given["--out_dir"] == f"{out}-healed" and "--eval_data" not in given
     o = program.Options(checkpoint="~/m", out_dir="o", data_dir="d", calibration_data="a,b", block_size=8)
     assert "--teacher '~/m' --data_dir a,b --eval_data d " in program.healing_command(o)
+
+
+def test_the_program_halves_a_cache_as_a_plain_mha(trained, tmp_path, capsys):
+    out = tmp_path / "half"
+    run(f"--checkpoint {trained / 'mha'} --method gqa --kv_groups 1 --out_dir {out}")
+    printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
+    model, _ = load_checkpoint(out)
+    assert (model.config.attention, model.config.n_kv_head, model.config.head_dim) == ("mha", 1, 16)
+    assert report["ranks"] == [[16, 16]] * 2 and report["kv_ratio"] == 0.5 and report["method"] == "gqa"
+    assert "1 key/value heads of 16, a plain MHA" in printed and f"huggingface.py --checkpoint {out}" in printed
+    assert "kv_groups are for --method gqa" in refused(capsys, f"--checkpoint {trained / 'mha'} --kv_groups 1")
+    assert "kv_groups 3 must divide" in refused(capsys, f"--checkpoint {trained / 'mha'} --method gqa --kv_groups 3")
 
 
 def test_a_probe_looks_at_windows_that_calibrated_nothing(trained, tmp_path, monkeypatch):

@@ -221,7 +221,7 @@ def test_the_walkthrough_runs(tmp_path):
     assert sum(text.startswith("right:") for text in checks) == 3
 
 
-@pytest.mark.parametrize("program", ["functional.py", "model.py", pytest.param("attention.py", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("program", ["functional.py", "model.py"])
 def test_a_reader_that_goes_away_is_no_error(program):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-u", ROOT / program], **pipes) as process:
