@@ -88,7 +88,8 @@ def load_checkpoint(path, device="cpu"):
         config = GPTConfig(**known_settings(GPTConfig, state["config"]))
         with torch.device("meta"):  # shapes without memory: the weights of the file become the model's
             model = GPT(config)
-        model.load_state_dict(state["model"], assign=True)
+        # Into a copy: torch notes `assign` in the dict itself, and whoever loads it next would break the model's ties.
+        model.load_state_dict(dict(state["model"]), assign=True)
         model = model.on_device(device)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold a whole model: {shorten(str(error), 300)}") from error

@@ -124,6 +124,18 @@ def test_init_from_takes_weights_and_starts_a_new_run(tmp_path, data, trained, c
     assert "has block_size 64, not 128" in longer
 
 
+def test_tied_embeddings_stay_tied(tmp_path, data):
+    """In a run from weights and in one that goes on: one matrix is trained, and saved as both."""
+    run("--tie_embeddings --max_steps 2 --out_dir", tmp_path / "a", data=data)
+    run("--init_from", tmp_path / "a", "--max_steps 2 --out_dir", tmp_path / "b", data=data)
+    train.main(["--resume", "--max_steps", "4", "--out_dir", str(tmp_path / "b")])
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        weights = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+        assert torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"])
+    model, state = load_checkpoint(tmp_path / "b")
+    assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
+
+
 def test_a_multi_head_model_starts_an_mea_that_is_the_same_function(tmp_path, data):
     run("--out_dir", tmp_path / "mha", "--max_steps", 5, "--attention", "mha", "--n_kv_head", 2, data=data)
     options = ["--init_from", tmp_path / "mha", "--attention", "mea", "--max_steps", 1, "--learning_rate", 1e-9]
