@@ -191,7 +191,6 @@ class calibrate:
     tokens: torch.Tensor | None
     chunk: int = 4
     dtype: torch.dtype = torch.float32
-    attended: bool = False  # whether keys are looked at as scores see them, too
 
     def __iter__(self):
         return self.in_sequence(None)
@@ -207,8 +206,7 @@ class calibrate:
             with torch.no_grad(), precise():
                 inputs = [block.input_layernorm(x) for x in parts]
                 outputs = [block.self_attn(x, rope) for x in inputs]
-                look = lambda view, x: second_moments(block.self_attn, x, rope, view, self.attended)
-                moments = [look(*each) for each in enumerate(inputs)]
+                moments = [second_moments(block.self_attn, x, rope, view) for view, x in enumerate(inputs)]
             mean = {kind: sum(each[kind] for each in moments) / len(moments) for kind in moments[0]}
             yield Calibration(mean, inputs, outputs, rope, self.dtype)
             with torch.no_grad(), precise():
@@ -249,30 +247,29 @@ def plan_groups(model, config, calibration):
     A first look at what the original layers see chooses groups and pairs; the second, at what the replaced layers put
     out, fits each layer.
     """
-    if isinstance(calibration, calibrate):
-        calibration = replace(calibration, attended=True)
-    elif any(seen is not None for seen in calibration):
-        raise TypeError("gqa looks at a text twice: give what calibrate returns")
-    for block in model.layers:
-        block.self_attn = unfold(block.self_attn)
-    groups, energies, bar = [], [], progress("choosing pairs", len(model.layers), " layers")
+    if not isinstance(calibration, (list, calibrate)):
+        raise TypeError("gqa looks at the calibration twice: give what calibrate returns, or a list")
+    layers = []
+    bar = progress("choosing pairs", len(model.layers), " layers")
     for block, seen in zip(model.layers, calibration):
-        mine, each = layer_groups(block.self_attn, config, seen)
-        groups.append(mine)
-        energies += each
+        block.self_attn = unfold(block.self_attn)
+        layers.append(layer_groups(block.self_attn, config, seen))
         bar.update(1)
     bar.close()
-    pairs, c = shared_pairs(energies, config.head_dim // 2), model.config
+    pairs = shared_pairs([energies for _, each in layers for energies in each], config.head_dim // 2)
+    c = model.config
     frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
-    every_pair_once = pairs.tolist() == list(range(c.head_dim // 2))  # heads as wide as before
-    chosen = c.rope_frequencies if every_pair_once else [frequencies[pair] for pair in pairs]
+    if pairs.tolist() == list(range(c.head_dim // 2)):  # every pair once: heads as wide as before
+        config = replace(config, rope_frequencies=c.rope_frequencies)
+    else:
+        config = replace(config, rope_frequencies=[frequencies[pair] for pair in pairs])
     if isinstance(calibration, calibrate):
         calibration = calibration.in_sequence(pairs)
 
     def replace_layer(attn, config, layer, _, seen):
-        return join_heads(attn, config, layer, groups[layer], pairs, seen)
+        return join_heads(attn, config, layer, layers[layer][0], pairs, seen)
 
-    return replace(config, rope_frequencies=chosen), calibration, replace_layer
+    return config, calibration, replace_layer
 
 
 @torch.no_grad()

@@ -218,19 +218,12 @@ class Spectrum:
 
 
 def spectrum(weight, kind, moment=None, metric=None):
-    """The `Spectrum` of heads W (n, D, M); moment and metric as in `approximate`.
-
-    The moment of keys may be complex (D/2, n, n), of the same pair of all heads.
-    """
-    S, rows = in_metric(weight, kind, metric)
-    if moment is not None and moment.is_complex():
-        scale = S[:, :, 0, 0].T  # (g, n)
-        gram = scale[:, :, None] * moment * scale[:, None].conj()
-    else:
-        heads = stack(in_metric(root(weight, moment), kind, metric)[1])
-        gram = heads @ heads.mH
-    energies, directions = torch.linalg.eigh(gram)
-    return Spectrum(energies.flip(1).clamp_min(0), directions.flip(2), stack(rows), S)
+    """The `Spectrum` of heads W (n, D, M); moment and metric as in `approximate`."""
+    S, heads = in_metric(root(weight, moment), kind, metric)
+    heads = stack(heads)
+    energies, directions = torch.linalg.eigh(heads @ heads.mH)
+    rows = stack(in_metric(weight, kind, metric)[1])
+    return Spectrum(energies.flip(1).clamp_min(0), directions.flip(2), rows, S)
 
 
 def keep(found, block, place):

@@ -7,15 +7,13 @@ a text that the layer saw. Read `attention.py` and `lowrank.py` first, and `comp
 import contextlib
 import copy
 import itertools
-import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from attention import ATTENTION, MEA, MHA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
-from functional import causal_mask
-from lowrank import approximate, keep_features, keep_pairs, key_blocks, spectrum, stack
+from lowrank import approximate, keep_features, keep_pairs, spectrum
 from options import autocast
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,13 +76,12 @@ def composition(attn, kind):
     return one_hot_composition(attn.n_k, attn.n_head).to(attn.q_proj.weight)
 
 
-def second_moments(attn, x, rope, view=0, attended=False):
+def second_moments(attn, x, rope, view=0):
     """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over x (B, T, C).
 
     The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by attention
     maps: (nD, nD). For each key head and rotary frequency, the energy of the queries that read it: (n, D/2). Of each
-    group of query heads that share a key head the maps are those of one, number `view`. With `attended`
-    also `attended_moments`, of an MHA.
+    group of query heads that share a key head the maps are those of one, number `view`.
     """
     (keys, reader), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
     (B, T, _), D, group = x.shape, attn.head_dim, attn.n_head // len(keys)
@@ -100,33 +97,7 @@ def second_moments(attn, x, rope, view=0, attended=False):
         rows = rows.reshape(-1, rows.size(-1)).float()
         with torch.autocast(rows.device.type, enabled=False):
             moments[kind] = (rows.T @ rows).double() / len(rows)
-    if attended:
-        with torch.autocast(x.device.type, enabled=False):
-            moments["attended"] = attended_moments(q.float(), read.float())
     return moments
-
-
-def attended_moments(q, k):
-    """M (n, D/2, n, n) of key heads k (B, n, T, D), each read by the queries q (B, n, T, D): what scores see of keys.
-
-    A softmax is blind to what all its keys have in common. An error e_s of the keys changes it, to second order, by the
-    variance of q_t . e_s over s ~ A_t, A being the attention maps. So what head h reads counts by
-
-        M_h = E_t |q_ht|^2 cov_{s ~ A_ht}(k_s),
-
-    taken over the same pair of all n heads, as complex numbers.
-    """
-    (B, n, T, D), visible = k.shape, causal_mask(k.size(2), k.size(2), device=k.device)[0, 0]
-    pairs = torch.complex(*k.transpose(1, 2).unflatten(3, (2, -1)).unbind(3))  # (B, T, n, D/2)
-    moments = []
-    for head in range(n):
-        scores = q[:, head] @ k[:, head].mT * D**-0.5
-        maps = scores.masked_fill(~visible, -math.inf).softmax(-1)  # (B, T, S)
-        sizes = q[:, head].square().unflatten(2, (2, -1)).sum(2)  # |q|^2: (B, T, D/2)
-        means = (maps.to(pairs.dtype) @ pairs.flatten(2)).view_as(pairs)
-        squares = torch.einsum("bsf,bsnf,bsmf->fnm", (maps.mT @ sizes).to(pairs.dtype), pairs, pairs.conj())
-        moments.append(squares - torch.einsum("btf,btnf,btmf->fnm", sizes.to(pairs.dtype), means, means.conj()))
-    return torch.stack(moments).to(torch.complex128) / (B * T)
 
 
 def project(heads, x):
@@ -208,20 +179,15 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def beside_weights(moment, plain):
-    """A moment, and a little of what weights alone make of it, for what the windows do not show."""
-    trace = lambda matrices: matrices.diagonal(dim1=-2, dim2=-1).sum().real
-    return moment + 1e-4 * trace(moment) / trace(plain).clamp_min(TINY) * plain
-
-
 def observed(attn, kind, moments, how):
     """What `approximate` and `spectrum` want to know of a layer's keys or values: (W (n, D, C [+ 1]), the one that each
     query head reads, moment, metric, form of the maps)."""
     weight, reader = effective_heads(attn, kind)
     moment = None
     if moments is not None:
-        rows = weight.flatten(0, 1)
-        moment = beside_weights(moments[kind].cpu(), rows @ rows.T)
+        moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
+        plain = rows @ rows.T  # where the windows show nothing, the weights stand in for them
+        moment = moment + 1e-4 * moment.trace() / plain.trace().clamp_min(TINY) * plain
     form = how.form
     if form == "any" and (moments is None or kind == "v" and isinstance(attn.head_norm, HeadNorm)):
         form = "rotations"  # without data, wider maps only fit the weights better
@@ -312,20 +278,13 @@ def unfold(attn):
     return new
 
 
-def joined(heads, kind, group, moments):
-    """The `Spectrum` of a group of heads, a list of numbers: of values by what `observed` says of all heads, of keys by
-    what the scores of these heads see (`attended_moments`)."""
+def joined(heads, kind, group):
+    """The `Spectrum` of a group of heads, a list of numbers, of what `observed` says of all."""
     weight, _, moment, metric, _ = heads
-    n, D, _ = weight.shape
-    weight, metric = weight[group], None if metric is None else metric[group]
-    if moment is not None and kind == "v":
+    if moment is not None:
+        n, D, _ = weight.shape
         moment = moment.view(n, D, n, D)[group][:, :, group].flatten(2).flatten(0, 1)
-    elif moment is not None:
-        M, rows = moments["attended"].cpu()[group][:, :, group][:, :, :, group], stack(key_blocks(weight))
-        moment = beside_weights(M.sum(0), rows @ rows.mH)
-        own, all_heads = torch.einsum("hfhh->hf", M).real, torch.einsum("ifhh->hf", M).real
-        metric = torch.diag_embed((own / all_heads.clamp_min(TINY)).clamp_min(1e-6).sqrt().repeat(1, 2))
-    return spectrum(weight, kind, moment, metric)
+    return spectrum(weight[group], kind, moment, None if metric is None else metric[group])
 
 
 def choose_groups(cost, n, n_groups):
@@ -365,7 +324,7 @@ def layer_groups(attn, config, calibration):
     attn, moments = copy.deepcopy(attn).cpu(), None if calibration is None else calibration.moments
     with one_thread():
         heads = {kind: observed(attn, kind, moments, how) for kind in "kv"}
-        energies = lambda kind, group: joined(heads[kind], kind, group, moments).energies
+        energies = lambda kind, group: joined(heads[kind], kind, group).energies
         all_heads = list(range(attn.n_k))
         total = {kind: energies(kind, all_heads).sum().clamp_min(TINY) for kind in "kv"}
 
@@ -395,7 +354,7 @@ def join_heads(attn, config, layer, groups, pairs, calibration=None):
     with one_thread():
         for kind in "kv":
             heads = observed(attn, kind, moments, METHODS["gqa"])
-            found = [joined(heads, kind, group, moments) for group in groups]
+            found = [joined(heads, kind, group) for group in groups]
             kept = [keep_pairs(each, pairs) if kind == "k" else keep_features(each, W) for each in found]
             set_rows(getattr(new, f"{kind}_proj"), torch.cat([down for down, _, _ in kept]))
             up[kind] = torch.cat([maps for _, maps, _ in kept]).repeat_interleave(H // n, dim=0)  # (H, D, W)

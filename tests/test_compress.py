@@ -14,7 +14,7 @@ import torch
 
 import compress as program
 import train
-from attention import ATTENTION, apply_rope, one_hot_composition, rope_table
+from attention import ATTENTION, apply_rope, rope_table
 from compress import allocate, calibrate, choose_ranks, compress, probe, uniform_ranks, with_ranks
 from data.dataset import open_dataset
 from data.sampler import validation_windows
@@ -28,7 +28,6 @@ from sample import open_model
 from surgery import (
     Calibration,
     METHODS,
-    attended_moments,
     choose_groups,
     compress_layer,
     effective_heads,
@@ -320,30 +319,6 @@ def test_grouped_heads_decode_from_a_cache_of_exactly_their_bytes(source, data):
     x = tokens(3, 20)
     pieces = [model(part, cache=cache)[0] for part in (x[:, :7], *x[:, 7:].split(1, dim=1))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(x)[0], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("n_kv_head", [2, 3])
-def test_one_hot_compositions_are_grouped_heads_already(n_kv_head):
-    """As an MEA starts, and as neighbours that are averaged end: some query heads read the same component."""
-    model = make(attention="mea", head_norm=False, n_kv_head=n_kv_head)
-    for block in model.layers:
-        for w in (block.self_attn.compose_k, block.self_attn.compose_v):
-            w.data = one_hot_composition(n_kv_head, 4)
-    assert grouped(model, 1)[0] < 1e-5
-    assert (model.config.n_kv_head, model.config.head_dim) == {2: (2, D), 3: (1, 3 * D)}[n_kv_head]
-
-
-def test_what_scores_see_of_keys_is_their_variance_under_attention():
-    q, k = torch.randn(2, 2, 3, 7, D, generator=torch.Generator().manual_seed(0))  # (B, n, T, D)
-    numbers = lambda x: torch.complex(*x.chunk(2, dim=-1)).to(torch.complex128)
-    wanted = torch.zeros(3, D // 2, 3, 3, dtype=torch.complex128)
-    for row, head, t in itertools.product(range(2), range(3), range(7)):
-        weights = (k[row, head, : t + 1] @ q[row, head, t] * D**-0.5).softmax(0).double()
-        seen = numbers(k[row, :, : t + 1])  # (n, S, D/2)
-        apart = seen - (weights[None, :, None] * seen).sum(1, keepdim=True)
-        covariance = torch.einsum("s,nsf,msf->fnm", weights.to(apart), apart, apart.conj())
-        wanted[head] += numbers(q[row, head, t]).abs().square()[:, None, None] * covariance / (2 * 7)
-    torch.testing.assert_close(attended_moments(q, k), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_most_groups_that_are_not_narrower_than_a_head():
