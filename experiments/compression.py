@@ -122,9 +122,10 @@ def our_checkpoints(o):
             if not (normed and "gqa" in name):
                 rows.fill(f"{folder.name} | {name}", lambda: compressed(folder, name))
     cells = []
-    for kind in sorted({folder.name.split("-seed")[0] for folder in folders}):
-        mine = [folder.name for folder in folders if folder.name.split("-seed")[0] == kind]
-        made = [name for name in OURS if f"{mine[0]} | {name}" in rows]
+    known = dict.fromkeys(name.split(" | ")[0] for name in rows)  # of earlier commands, too
+    for kind in sorted({checkpoint.split("-seed")[0] for checkpoint in known}):
+        mine = [checkpoint for checkpoint in known if checkpoint.split("-seed")[0] == kind]
+        made = [name for name in OURS if all(f"{checkpoint} | {name}" in rows for checkpoint in mine)]
         losses = {name: [rows[f"{checkpoint} | {name}"]["loss"] for checkpoint in mine] for name in made}
         gains = {name: [loss["after"] - loss["before"] for loss in mine] for name, mine in losses.items()}
         for name, mine in losses.items():
