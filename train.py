@@ -212,9 +212,9 @@ def train(o, config, texts, state=None, teacher=None):
     dtype = choose_dtype(o.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if o.threads:
         torch.set_num_threads(o.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
 
     torch.manual_seed(o.seed)
     model = GPT(config).to(device)

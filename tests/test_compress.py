@@ -4,13 +4,16 @@ refused.
 
 import copy
 import itertools
+from functools import partial
 import json
 import math
 import shlex
 from dataclasses import replace
 
+import helpers
 import pytest
 import torch
+from helpers import SHAPE as BASE
 
 import compress as program
 import train
@@ -37,17 +40,8 @@ from surgery import (
 )
 from test_lowrank import phases, rotation
 
-BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
 D, C = 6, 24
-
-
-def make(seed=0, **fields):
-    """A model with every parameter random, so that compositions, gains and biases all matter."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**BASE, **fields})).eval()
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
-    return model
+make = partial(helpers.make, std=0.25)
 
 
 def tokens(*shape, seed=1):
@@ -644,12 +638,7 @@ def test_calibration_on_several_texts_is_reported_on_each(trained, data, tmp_pat
 
 
 def refused(capsys, options):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        program.main(options.split())
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
-    return err
+    return helpers.refused(capsys, program.main, options)
 
 
 def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(trained, tmp_path, capsys, data):

@@ -11,7 +11,8 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
-from test_train import arguments, assert_same_run, metrics, refused, run
+from helpers import arguments, refused
+from test_train import assert_same_run, metrics, run
 
 import sample
 import train

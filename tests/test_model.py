@@ -4,23 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers import SHAPE as BASE
+from helpers import make
 import torch.nn.functional as F
 
 import model as gpt
 from attention import ATTENTION
 from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig, KVCache, sample_token
-
-BASE = dict(vocab_size=37, block_size=24, n_layer=2, n_head=4, n_embd=24)
-
-
-def make(seed=0, **fields):
-    """A model with every parameter random, so that compositions, mixes and gains all matter."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**BASE, **fields})).eval()
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    return model
 
 
 def tokens(*shape, seed=1):

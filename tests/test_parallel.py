@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from test_train import ROOT, arguments, metrics, refused
+from helpers import arguments, refused
+from test_train import ROOT, metrics
 
 import options
 import runs

@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_train import arguments, files_of_at_most, refused
+from helpers import arguments, refused
+from test_train import files_of_at_most
 
 import huggingface
 import sample

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import arguments, refused
 
 import kernels
 import model as gpt
@@ -35,11 +36,6 @@ from experiments import torture
 from options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def arguments(*options):
-    """The words of a command line; an option may be given as text with its value, a path or a number."""
-    return " ".join(map(str, options)).split()
 
 
 TINY = "--preset tiny --threads 1 --device cpu"
@@ -168,7 +164,9 @@ def test_a_finished_run_goes_on_or_is_replaced(tmp_path, data, capsys):
 
 def launch(*options, data, cwd, env=None):
     command = [sys.executable, ROOT / "train.py", *arguments(TINY, "--data_dir", data, *options)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    heard = lambda: [signal.signal(number, signal.SIG_DFL) for number in train.SIGNALS]  # whatever pytest was told
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(command, cwd=cwd, **how, preexec_fn=None if os.name == "nt" else heard)
 
 
 UNDISTURBED = "--max_steps 80 --save_every 5 --eval_every 40"
@@ -181,7 +179,7 @@ def undisturbed(tmp_path_factory, data):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("number", [*train.SIGNALS, signal.Signals(9)], ids=str)
 def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbed, number):
     process = launch(UNDISTURBED, "--out_dir", tmp_path / "cut", data=data, cwd=tmp_path)
     while not (tmp_path / "cut" / "checkpoint.prev.pt").exists():
@@ -189,7 +187,7 @@ def test_a_stopped_or_killed_run_goes_on_where_it_was(tmp_path, data, undisturbe
         assert process.poll() is None, process.stderr.read()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
+    if number == 9:
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number
@@ -239,16 +237,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_checkpoint_before(tmp_path, 
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.count("\n") == 1 and "still the one from before" in message
     assert load_checkpoint(tmp_path / "r")[1]["step"] == 2
-
-
-def refused(capsys, main, *options):
-    """The one line that a program ends with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments(*options))
-    out = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert out.err.startswith("error: ") and out.err.count("\n") == 1 and out.out == ""
-    return out.err
 
 
 MISTAKES = """
