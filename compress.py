@@ -247,29 +247,28 @@ def plan_groups(model, config, calibration):
     A first look at what the original layers see chooses groups and pairs; the second, at what the replaced layers put
     out, fits each layer.
     """
-    if not isinstance(calibration, (list, calibrate)):
-        raise TypeError("gqa looks at the calibration twice: give what calibrate returns, or a list")
-    layers = []
-    bar = progress("choosing pairs", len(model.layers), " layers")
-    for block, seen in zip(model.layers, calibration):
+    if not isinstance(calibration, calibrate) and any(seen is not None for seen in calibration):
+        raise ValueError("gqa looks at a text twice, at layers of its own: give what calibrate returns")
+    for block in model.layers:  # all of them before the first look, which is at heads as they are joined
         block.self_attn = unfold(block.self_attn)
-        layers.append(layer_groups(block.self_attn, config, seen))
+    groups, energies, bar = [], [], progress("choosing pairs", len(model.layers), " layers")
+    for block, seen in zip(model.layers, calibration):
+        mine, each = layer_groups(block.self_attn, config, seen)
+        groups.append(mine)
+        energies += each
         bar.update(1)
     bar.close()
-    pairs = shared_pairs([energies for _, each in layers for energies in each], config.head_dim // 2)
-    c = model.config
+    pairs, c = shared_pairs(energies, config.head_dim // 2), model.config
     frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
-    if pairs.tolist() == list(range(c.head_dim // 2)):  # every pair once: heads as wide as before
-        config = replace(config, rope_frequencies=c.rope_frequencies)
-    else:
-        config = replace(config, rope_frequencies=[frequencies[pair] for pair in pairs])
+    every_pair_once = pairs.tolist() == list(range(c.head_dim // 2))  # heads as wide as before
+    chosen = c.rope_frequencies if every_pair_once else [frequencies[pair] for pair in pairs]
     if isinstance(calibration, calibrate):
         calibration = calibration.in_sequence(pairs)
 
     def replace_layer(attn, config, layer, _, seen):
-        return join_heads(attn, config, layer, layers[layer][0], pairs, seen)
+        return join_heads(attn, config, layer, groups[layer], pairs, seen)
 
-    return config, calibration, replace_layer
+    return replace(config, rope_frequencies=chosen), calibration, replace_layer
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from helpers import SHAPE as BASE
 
 import compress as program
 import train
-from attention import ATTENTION, apply_rope, rope_table
+from attention import ATTENTION, apply_rope, one_hot_composition, rope_table
 from compress import allocate, calibrate, choose_ranks, compress, probe, uniform_ranks, with_ranks
 from data.dataset import open_dataset
 from data.sampler import validation_windows
@@ -313,6 +313,23 @@ def test_grouped_heads_decode_from_a_cache_of_exactly_their_bytes(source, data):
     x = tokens(3, 20)
     pieces = [model(part, cache=cache)[0] for part in (x[:, :7], *x[:, 7:].split(1, dim=1))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(x)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 3])
+def test_one_hot_compositions_are_grouped_heads_already(n_kv_head):
+    """As an MEA starts, and as neighbours that are averaged end: some query heads read the same component."""
+    model = make(attention="mea", head_norm=False, n_kv_head=n_kv_head)
+    for block in model.layers:
+        for w in (block.self_attn.compose_k, block.self_attn.compose_v):
+            w.data = one_hot_composition(n_kv_head, 4)
+    assert grouped(model, 1)[0] < 1e-5
+    assert (model.config.n_kv_head, model.config.head_dim) == {2: (2, D), 3: (1, 3 * D)}[n_kv_head]
+
+
+def test_what_was_seen_once_cannot_group_heads():
+    model = make(attention="mha")
+    with pytest.raises(ValueError, match="give what calibrate returns"):
+        compress(model, [(2 * D, 2 * D)] * 2, "gqa", list(calibrate(model, tokens(2, 24))))
 
 
 def test_the_most_groups_that_are_not_narrower_than_a_head():
