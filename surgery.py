@@ -336,13 +336,18 @@ def layer_groups(attn, config, calibration):
         return groups, [energies("k", group) / total["k"] for group in groups]
 
 
+def root_mean_square(weight):
+    return weight.double().square().mean().sqrt().clamp_min(TINY)
+
+
 @torch.no_grad()
 def join_heads(attn, config, layer, groups, pairs, calibration=None):
     """(the MHA that replaces the MHA `attn`, {"k": error, "v": error}): each of `groups` becomes one key/value head.
 
     With (1) of lowrank.py for a group: P becomes its rows of k_proj and v_proj. U_h goes into q_proj, as q_h <- U_h^T
     q_h sqrt(W / D), for scores are divided by the root of the width W, and into the columns of W^O that read head h.
-    Query heads are put in the order of the groups. `pairs` (W/2) are pairs of the old heads.
+    Query heads are put in the order of the groups. `pairs` (W/2) are pairs of the old heads. P is scaled to the size of
+    the old projection: AdamW changes all weights by steps of one size, and a tiny W^O behind huge values does not heal.
     """
     device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()
     moments = None if calibration is None else calibration.moments
@@ -356,8 +361,10 @@ def join_heads(attn, config, layer, groups, pairs, calibration=None):
             heads = observed(attn, kind, moments, METHODS["gqa"])
             found = [joined(heads, kind, group) for group in groups]
             kept = [keep_pairs(each, pairs) if kind == "k" else keep_features(each, W) for each in found]
-            set_rows(getattr(new, f"{kind}_proj"), torch.cat([down for down, _, _ in kept]))
-            up[kind] = torch.cat([maps for _, maps, _ in kept]).repeat_interleave(H // n, dim=0)  # (H, D, W)
+            down, old = torch.cat([down for down, _, _ in kept]), getattr(attn, f"{kind}_proj").weight
+            scale = root_mean_square(old) / root_mean_square(down[:, : old.size(1)])
+            set_rows(getattr(new, f"{kind}_proj"), down * scale)
+            up[kind] = torch.cat([maps for _, maps, _ in kept]).repeat_interleave(H // n, dim=0) / scale  # (H, D, W)
             energies = [each.energies.sum().item() for each in found]
             lost = sum(share * energy for (_, _, share), energy in zip(kept, energies))
             errors[kind] = lost / max(sum(energies), TINY)

@@ -348,6 +348,22 @@ def test_the_most_groups_that_are_not_narrower_than_a_head():
         made(three, 0.5, 2)
 
 
+@pytest.mark.parametrize("source", ["mha", "gqa", "biases", "mea, no norm"])
+def test_joined_heads_keep_the_size_of_their_projections(source):
+    """What is learned afterwards by steps of one size: no tiny W^O behind huge values."""
+    model = make(**SOURCES[source])
+    for block in model.layers:
+        block.self_attn.o_proj.weight.data *= 7
+    sizes = lambda: [
+        [getattr(b.self_attn, f"{k}_proj").weight.square().mean().sqrt().item() for k in "kv"] for b in model.layers
+    ]
+    wanted = sizes() if source != "mea, no norm" else None
+    compress(model, uniform_ranks(model.config, 0.5, "all", "gqa"), "gqa", calibrate(model, tokens(6, 24, seed=3)))
+    assert wanted is None or sizes() == [pytest.approx(each, rel=1e-5) for each in wanted]
+    for block in model.layers:
+        assert 0.1 < block.self_attn.o_proj.weight.std() / (7 * 0.25) < 10
+
+
 def test_joined_heads_are_mea_with_one_hot_columns_and_aligned_maps():
     """What `approximate` finds for one component of two heads, where pairs and directions are the best of both."""
     model = make(attention="mha", n_kv_head=4)
