@@ -642,8 +642,16 @@ def test_a_model_whose_loss_is_not_finite_is_not_published(trained, tmp_path, mo
         return [{"k": 0.0, "v": 0.0}] * 2
 
     monkeypatch.setattr(program, "compress", ruin)
-    said = refused(capsys, f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'half'} --threads 1")
-    assert "loss" in said and "nan" in said and "nothing was written" in said and not (tmp_path / "half").exists()
+    with pytest.raises(SystemExit) as stopped:
+        program.main(f"--checkpoint {trained / 'mha'} --out_dir {tmp_path / 'half'} --threads 1".split())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        stopped.value.code == 2
+        and "loss" in said
+        and "nan" in said
+        and "nothing was written" in said
+        and not (tmp_path / "half").exists()
+    )
 
 
 def test_on_mps_everything_is_done_by_the_cpu(trained, tmp_path, monkeypatch):
