@@ -77,19 +77,27 @@ def test_a_run_folder_holds_what_it_should_and_the_loss_falls(trained, data):
     assert config["model"]["attention"] == "mea" and config["options"]["max_steps"] == 60
 
 
+@contextlib.contextmanager
+def killed_after_saving(step, monkeypatch):
+    """The run inside ends as soon as its checkpoint of that step is written."""
+
+    def save_then_die(folder, state):
+        save_checkpoint(folder, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save_then_die)
+        yield
+
+
 @pytest.mark.parametrize("attention", gpt.ATTENTION)
 def test_resuming_is_bit_exact(tmp_path, data, attention, monkeypatch):
     options = f"--attention {attention} --dropout 0.1 --grad_accum 2 --batch_size 4"
     options = [options, "--max_steps 12 --save_every 4 --eval_every 5"]
     run(*options, "--out_dir", tmp_path / "whole", data=data)
 
-    def save_then_die(folder, state):
-        save_checkpoint(folder, state)
-        if state["step"] == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", save_then_die)
+    with killed_after_saving(8, monkeypatch):
         run(*options, "--out_dir", tmp_path / "halves", data=data)
     with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "train_loss": 0}\n{"step": 10, "trai')  # steps that were lost, one of them half-written
@@ -330,13 +338,7 @@ def test_a_healing_run_that_is_cut_goes_on_bit_for_bit(tmp_path, several, monkey
     said = capsys.readouterr().out
     assert "towards the predictions of" in said and "of which" in said and "KL" in said and "  loss " not in said
 
-    def save_then_die(folder, state):
-        save_checkpoint(folder, state)
-        if state["step"] == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", save_then_die)
+    with killed_after_saving(4, monkeypatch):
         heal(several, tmp_path / "cut", HEALING)
     torch.manual_seed(99)
     train.main(["--resume", "--out_dir", str(tmp_path / "cut")])
