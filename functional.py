@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import attention_op, decode_op, decode_options, triton_obstacle
+from kernels import attention_op, constant_while_tracing, decode_op, decode_options, triton_obstacle
 
 log = logging.getLogger(__name__)
 
@@ -297,7 +297,7 @@ def choose_path(name, path, q, k, gradient, positions=None, obstacle=None):
     return chosen or ("blocks" if blocks_are_faster(q, k, gradient, positions) else "sdpa")
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
+@constant_while_tracing
 def chosen_path(name, path, device, dtype, D, obstacle):
     """What the caller or `set_kernel` chose, if it can be; None leaves the choice to whichever of torch's is faster."""
     if path not in PATHS:

@@ -27,6 +27,16 @@ try:
 except ImportError:  # no Triton on this machine: the kernels below are then plain functions that nothing calls
     triton, tl, constexpr, jit = None, None, float, lambda function: function
 
+
+def constant_while_tracing(function):
+    """torch.compile calls `function` once, while it traces, and keeps the answer.
+
+    This is what torch.compiler.assume_constant_result does, without its import of torch._dynamo: 2 s at every start.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 # ---- tiles ----------------------------------------------------------------------------------------------------------
 # Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
 # up to a power of two.
@@ -388,7 +398,7 @@ def launch_attention_backward(grad_out, q, k, v, gain, pre_norm, log_sum_exp, ep
     return dq, dk, dv, q.new_empty(0) if gain is None else grad_gain.sum((0, 1)).to(gain.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs this while tracing, and keeps the answer
+@constant_while_tracing
 def decode_options(device, itemsize, H, n_k, n_v, D, composed):
     """Sizes of the decode kernel, or None where its accumulators or a block of keys would not fit one program."""
     heads, keys, values = (H, n_k, n_v) if composed else (1, 1, 1)

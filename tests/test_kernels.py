@@ -616,6 +616,7 @@ def test_the_operators_pass_opcheck(norm):
 
 
 @needs_triton
+@pytest.mark.filterwarnings("error:Dynamo detected")  # it should not trace how a path is chosen
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", ["triton", "auto"])
 def test_works_under_torch_compile_without_graph_breaks(backend, path):
