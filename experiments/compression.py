@@ -2,13 +2,12 @@
 
     python experiments/compression.py --checkpoints out/sweep/mha-seed0,out/sweep/mea-seed0
     python experiments/compression.py --pretrained FOLDER --calibration_data data/a,data/b,data/c --data_dir data/d
-    python experiments/compression.py --exported FOLDER,out/half-hf
 
 The first runs compress.py on checkpoints of ours, heals, and trains the originals for the same steps. The second
 measures a Hugging Face model before any healing, on text like the calibration texts and on text that calibration never
-saw, and how fast it decodes. The third times folders that huggingface.py wrote in transformers. Finished rows are kept
-in experiments/results/, so that the command can be repeated until it is done; experiments/LOG.md names the weights and
-the data of the committed tables. Read compress.py first.
+saw, and how fast it decodes. Finished rows are kept in experiments/results/, so that the command can be repeated until
+it is done; experiments/LOG.md names the weights and the data of the committed tables. Read compress.py first;
+engines.py measures what huggingface.py exported.
 """
 
 import copy
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import RESULTS, ROOT, command, mean_and_std, number, program, table
-from options import choose_dtype, fail, option, parse_options, run_program, write_atomically
+from experiments.report import RESULTS, ROOT, Rows, finish_axes, mean_and_std, number, program, table
+from options import choose_dtype, fail, option, parse_options, run_program, save_picture
 
 import torch
 
@@ -33,32 +32,10 @@ from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
 from data.texts import Turns
 from data.sampler import validation_windows
-from huggingface import from_pretrained, import_transformers
+from huggingface import from_pretrained
 from model import KVCache
 from surgery import Calibration
 from train import evaluate
-
-
-class Rows(dict):
-    """Named rows in a JSON file, written as they come."""
-
-    def __init__(self, path):
-        super().__init__(json.loads(path.read_text()) if path.exists() else {})
-        self.path = path
-
-    def fill(self, name, make):
-        """The row `name`, made if it is missing."""
-        if name not in self:
-            self[name] = make()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(self, indent=1) + "\n")
-            print(name, self[name], flush=True)
-        return self[name]
-
-    def write_table(self, lines):
-        text = "\n".join([f"`{command('compression.py')}`", "", *lines, ""])
-        self.path.with_suffix(".md").write_text(text)
-        print(text)
 
 
 def spread(values, form="+.4f"):
@@ -134,7 +111,7 @@ def our_checkpoints(o):
             before = spread([loss["before"] for loss in mine], form=".4f")
             cells.append([kind, name, before, spread(gains[name]), f"{ratio:.3f}", healed, str(len(mine))])
     heads = ["model", "method", "loss, original", "increase before healing", "to svd's"]
-    rows.write_table(table([*heads, "after healing, minus the original trained on", "n"], cells))
+    rows.write_table("compression.py", table([*heads, "after healing, minus the original trained on", "n"], cells))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +120,13 @@ def our_checkpoints(o):
 PEERS = ("latent", "whitened", "gqa", "aligned, probe", "aligned", "rotated", "pooled", "svd")
 MAIN = ("latent", "whitened", "gqa", "aligned")  # with every seed, at half the cache
 RATIOS = (1 / 2, 1 / 3, 2 / 3)
+GONE = ("absorbed",)  # gqa took its place; its rows are kept
+PICTURE = {
+    "svd": "the paper's SVD",
+    "aligned": "virtual heads",
+    "gqa": "joined heads, a plain Llama",
+    "latent": "latents",
+}
 
 
 def planned(seeds):
@@ -243,14 +227,16 @@ def pretrained(o):
         rows.fill(f"{ratio:.3f} | {method} | {seed}", lambda: compressed(ratio, method, seed))
     for method in filter(None, o.decode.split(",")):
         rows.fill(f"decoding | {method}", lambda: decoded(method))
-    rows.write_table(peers_table(rows, o))
+    rows.write_table("compression.py", peers_table(rows, o))
+    seen = [Path(folder).name for folder in folders]
+    print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, rows, seen)))
 
 
 def peers_table(rows, o):
     """The lines of the table, of the rows that are there."""
     before, cells = rows["original"], []
     for ratio in sorted(RATIOS, reverse=True):
-        for method in PEERS:
+        for method in (*PEERS, *GONE):
             mine = [rows.get(f"{ratio:.3f} | {method} | {seed}") for seed in range(o.seeds)]
             if not (mine := [row for row in mine if row]):
                 continue
@@ -274,56 +260,20 @@ def peers_table(rows, o):
         yield from ["", f"Decoding, one row, float32, threads: {o.threads}.", "", *table(heads, cells)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exported models, in transformers
-
-
-@torch.inference_mode()
-def in_transformers(o, tokens=8, rounds=5):
-    """Cache and speed of Hugging Face folders as transformers itself has them, in turns, behind contexts of noise."""
-    torch.set_num_threads(o.threads)
-    transformers = import_transformers()
-    folders = o.exported.split(",")
-    models = {f: transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in folders}
-    rows = Rows(RESULTS / f"exported-{Path(folders[0]).name}.json")
-
-    def step(model, context):
-        """(seconds a token, bytes) of decoding with a cache of its own kind that holds `context` positions."""
-        c, cache = model.config, transformers.DynamicCache(config=model.config)
-        for layer in range(c.num_hidden_layers):
-            shape = 1, c.num_key_value_heads, context, c.head_dim
-            cache.update(torch.randn(shape), torch.randn(shape), layer)
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        token, began = torch.zeros(1, 1, dtype=torch.long), time.perf_counter()
-        for _ in range(tokens):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - began) / tokens, size
-
-    for context in (1024, 4096, 8192):
-        taken = {folder: [] for folder in folders}
-        for _ in range(rounds + 1):  # the first round warms up
-            for folder, model in models.items():
-                taken[folder].append(step(model, context - tokens))
-        for folder in folders:
-            seconds, sizes = zip(*taken[folder][1:])
-            ratio = statistics.median(
-                own / base for (own, _), (base, _) in zip(taken[folder][1:], taken[folders[0]][1:])
-            )
-            speed = dict(tokens_per_second=1 / statistics.median(seconds), time_to_first=ratio, cache_bytes=sizes[0])
-            rows.fill(f"{Path(folder).name} | {context}", lambda: speed)
-    cells = [
-        [
-            *name.split(" | "),
-            f"{row['tokens_per_second']:.2f}",
-            f"{row['time_to_first']:.2f}",
-            f"{row['cache_bytes'] / 2**20:.1f}",
-        ]
-        for name, row in rows.items()
-    ]
-    heads = ["model", "positions", "tokens/s", "time, ratio to the first", "MiB of cache"]
-    rows.write_table(
-        [f"transformers {transformers.__version__}, float32, threads: {o.threads}.", "", *table(heads, cells)]
-    )
+def draw(plt, rows, seen):
+    """The mean increase on the texts that are `seen` in calibration against the share of the cache that is left."""
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, label in PICTURE.items():
+        points = {}
+        for name, row in rows.items():
+            if f" | {method} | " in name:
+                more = statistics.mean(row["loss"][text] - rows["original"][text] for text in seen)
+                points.setdefault(float(name.split(" | ")[0]), []).append(more)
+        ratios = sorted(points)
+        ax.plot(ratios, [statistics.mean(points[ratio]) for ratio in ratios], marker="o", label=label)
+    ax.set(yscale="log", xticks=sorted(RATIOS), xticklabels=[f"{ratio:.0%}" for ratio in sorted(RATIOS)])
+    finish_axes(ax, xlabel="share of the cache", ylabel="increase of the loss, nats, before healing")
+    return figure
 
 
 @dataclass
@@ -340,18 +290,17 @@ class Options:
     eval_windows: int = option(8, "windows of each data set to measure it on", least=1)
     seeds: int = option(3, "calibrations at half the cache", least=1)
     decode: str = option("original,aligned,gqa,latent", "methods whose decoding is timed")
-    exported: str = option("", "Hugging Face folders, the original first, that are timed in transformers")
     threads: int = option(1, "CPU threads", least=1)
 
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    if [bool(o.checkpoints), bool(o.pretrained), bool(o.exported)].count(True) != 1:
-        fail("give --checkpoints, --pretrained or --exported")
+    if bool(o.checkpoints) == bool(o.pretrained):
+        fail("give --checkpoints or --pretrained")
     if o.pretrained and not (o.data_dir and o.calibration_data):
         fail("--pretrained needs --data_dir and --calibration_data")
     try:
-        (pretrained if o.pretrained else our_checkpoints if o.checkpoints else in_transformers)(o)
+        (pretrained if o.pretrained else our_checkpoints)(o)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         fail(error)
 

@@ -134,3 +134,26 @@ def write_results(path, how, lines, note="", **content):
     content = dict(command=how, machine=machine(), **content)
     write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), "\n".join([f"`{how}` ({machine()}){note}", "", *lines, ""]))
+
+
+class Rows(dict):
+    """Named rows in a JSON file, written as they come."""
+
+    def __init__(self, path):
+        super().__init__(json.loads(path.read_text()) if path.exists() else {})
+        self.path = path
+
+    def fill(self, name, make):
+        """The row `name`, made if it is missing."""
+        if name not in self:
+            self[name] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(self, indent=1) + "\n")
+            print(name, self[name], flush=True)
+        return self[name]
+
+    def write_table(self, program, lines):
+        """The lines behind the command of a program, beside the rows, and on the screen."""
+        text = "\n".join([f"`{command(program)}`", "", *lines, ""])
+        self.path.with_suffix(".md").write_text(text)
+        print(text)

@@ -17,7 +17,7 @@ from helpers import refused
 
 import options
 import train
-from experiments import bench, compression, minutes, report, roofline, sweep, torture
+from experiments import bench, compression, engines, minutes, report, roofline, sweep, torture
 from huggingface import to_pretrained
 from model import GPT, GPTConfig
 
@@ -326,6 +326,47 @@ def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_
     monkeypatch.setattr(compression, "compress", lambda *_, **__: pytest.fail("measured again"))
     compression.main(options.split())
     assert json.loads((tmp_path / "compression-tiny.json").read_text()) == rows
+
+
+def test_exported_models_are_compared_in_turns(tmp_path, monkeypatch, capsys):
+    """The second model is the first with half its cache: its keys and values are multi-query."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(engines, "RESULTS", tmp_path)
+    shape = dict(vocab_size=257, block_size=64, n_layer=2, n_head=4, n_embd=24, attention="mha", norm_eps=1e-5)
+    for name, heads in (("whole", 2), ("half", 1)):
+        to_pretrained(GPT(GPTConfig(**shape, n_kv_head=heads)), tmp_path / name)
+    options = f"--folders {tmp_path / 'whole'},{tmp_path / 'half'} --engines transformers --contexts 16,32 --rounds 2"
+    engines.main(options.split())
+    rows = json.loads((tmp_path / "engines-whole.json").read_text())
+    whole, half = (rows[f"transformers | {name}"] for name in ("whole", "half"))
+    assert whole["apart"] == half["apart"] == 0 and whole["same_text"] and half["same_text"]
+    assert whole["bytes_per_token"] == 2 * half["bytes_per_token"] == 2 * (2 + 2) * 6 * 4
+    assert whole["behind"]["32"]["time_to_first"] == 1 and half["behind"]["16"]["tokens_per_second"] > 0
+    assert (tmp_path / "engines-whole.md").read_text().count("| the same |") == 2
+    assert "convert_hf_to_gguf.py does not exist" in refused(
+        capsys, engines.main, options.replace("transformers", "llama.cpp"), "--out_dir", tmp_path
+    )
+
+
+def test_a_gguf_file_gets_the_rotary_factors_and_keeps_the_rest(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "plain.gguf", "llama")
+    writer.add_block_count(3)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "d"])
+    writer.add_tensor("output.weight", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    factors = dict(rope_type="longrope", long_factor=[1.0, 2.5], short_factor=[1.0, 2.5])
+    (tmp_path / "config.json").write_text(json.dumps(dict(rope_parameters=factors)))
+    engines.add_rope_factors(tmp_path / "plain.gguf", tmp_path, tmp_path / "whole.gguf")
+    reader = gguf.GGUFReader(tmp_path / "whole.gguf")
+    assert reader.get_field("llama.block_count").contents() == 3
+    assert reader.get_field("tokenizer.ggml.tokens").contents() == ["a", "bc", "d"]
+    tensors = {tensor.name: tensor.data.tolist() for tensor in reader.tensors}
+    assert tensors.pop("output.weight") == np.arange(12).reshape(3, 4).tolist()
+    assert tensors == {f"rope_factors_{length}.weight": [1.0, 2.5] for length in ("long", "short")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
