@@ -1,5 +1,6 @@
 """Data: which windows a step sees, prepared folders and what they refuse, and the programs that make them."""
 
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import helpers
 import tiktoken
 
 import data.dataset as dataset_module
@@ -39,18 +41,7 @@ PROSE = "".join(f"Line {i}: the quick brown fox, {i * i} times over.\n" for i in
 
 @pytest.fixture
 def refused(capsys):
-    """The one line that a command ends with, exit code 2."""
-
-    def refuse(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, error = capsys.readouterr()
-        lines = [line for line in error.splitlines() if not line.startswith("note: ")]
-        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not out
-        return lines[0]
-
-    return refuse
+    return functools.partial(helpers.refused, capsys, main)
 
 
 def write(path, content):
