@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runs
-from attention import ATTENTION, Attention, TalkingHeads, causal_attention, causal_mask, one_hot_composition
+from attention import ATTENTION, Attention, TalkingHeads, apply_rope, one_hot_composition, rope_table
+from functional import causal_attention, causal_mask, compose_heads
 
 
 class HeadGated(Attention):
@@ -165,6 +166,56 @@ class Collaborative(Attention):
         return causal_attention(q * self.n_k**0.5, k, v, positions, self.drop)  # it divides by sqrt(n*D)
 
 
+class Interleaved(Attention):
+    """Interleaved Head Attention (2602.21371): each head attends as P pseudo-heads, which see each other.
+
+    Q~_hp = sum_m a[m, h, p] Q_m, likewise K~ and V~, are P tokens in the place of one: position n becomes n + p/P of a
+    sequence P times as long. O_hp is head h's causal attention on it, and C_h = sum_{i, p} R[i, p, h] O_ip.
+
+    Extra: `mix_q`, `mix_k`, `mix_v` (n, HP) and `collapse` (HP, H). All P start as the head itself, C as their mean.
+    P = 2 here (the paper's is up to H), at P^2 times the scores. The paper places them at nP + p, which is the same
+    with frequencies P times as slow. The n heads are cached before they are mixed: pseudo-keys are made when read.
+    """
+
+    caches_rotated_keys = False
+    P = 2
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        starts = (one_hot_composition(n, self.n_head) for n in (self.n_head, self.n_k, self.n_v))
+        self.mix_q, self.mix_k, self.mix_v = (nn.Parameter(w.repeat_interleave(self.P, dim=1)) for w in starts)
+        self.collapse = nn.Parameter(torch.eye(self.n_head).repeat_interleave(self.P, dim=0) / self.P)
+
+    @classmethod
+    def flops_per_token(cls, config, layer, T):
+        mixed = 2 * config.n_head + sum(config.kv_heads(layer))  # heads, the collapsed ones included
+        return (
+            cls.P**2 * super().flops_per_token(config, layer, T) + 6 * mixed * cls.P * config.n_head * config.head_dim
+        )
+
+    def pseudo_heads(self, heads, mix):
+        """(B, T, n, D), (n, HP) -> (B, T, HP, D): mixed, and turned by p/P; RoPE turns them by n."""
+        c, D = self.config, self.head_dim
+        frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / D) for i in range(D // 2)]
+        tables = rope_table(self.P, D, frequencies=[frequency / self.P for frequency in frequencies])  # (P, 1, D)
+        heads = (mix.T @ heads).unflatten(2, (-1, self.P))
+        return apply_rope(heads, [table[:, 0].to(heads.device) for table in tables]).flatten(2, 3)
+
+    def queries(self, x):
+        return self.q_norm(self.pseudo_heads(self.q_proj(x).unflatten(2, (-1, self.head_dim)), self.mix_q))
+
+    def rebuild_keys(self, k):
+        return self.pseudo_heads(k, self.mix_k)
+
+    def attend(self, x, q, k, v, positions):
+        interleave = lambda heads: heads.unflatten(1, (-1, self.P)).transpose(2, 3).flatten(2, 3)  # (B, H, TP, D)
+        q, k, v = map(interleave, (q, k, compose_heads(v, self.mix_v)))
+        if positions is not None:
+            positions = (positions[:, :, None] * self.P + torch.arange(self.P, device=q.device)).flatten(1)  # (B, TP)
+        y = causal_attention(q, k, v, positions, self.drop).unflatten(2, (-1, self.P))  # (B, H, T, P, D)
+        return compose_heads(y.transpose(2, 3).flatten(1, 2), self.collapse)
+
+
 class DynamicMaps(nn.Module):
     """Two (H, H) maps from each token for DCMHA, before the softmax and after it, in 5 numbers a head.
 
@@ -251,7 +302,7 @@ class DCMHA(TalkingHeads):
 
 
 FAMILY = {"gated": HeadGated, "diff2": DifferentialV2, "knocking": KnockingHeads, "mta": MultiTokenHeads}
-FAMILY |= {"collaborative": Collaborative, "dcmha": DCMHA}
+FAMILY |= {"collaborative": Collaborative, "iha": Interleaved, "dcmha": DCMHA}
 ATTENTION |= FAMILY
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_flops_are_those_that_pytorch_counts(attention):
     per_token = counter.get_total_flops() / 64
     maps = 6 * 32 * 64  # what causality halves: scores and values of one layer
     mixes = {"tha": 6 * 32 * 4**2, "dcmha": 12 * 32 * 4**2}.get(attention, 0)
-    times = {"dfa": 1.5, "mta": 1.5, "diff2": 2, "collaborative": 2.5}.get(attention, 1)  # values of 2D; keys of 4D
+    times = {"dfa": 1.5, "mta": 1.5, "diff2": 2, "collaborative": 2.5, "iha": 4}.get(attention, 1)
     mapped, seen = times * maps + mixes, 2 * times * maps + 2 * mixes
     if attention in ("dfa", "mta"):
         seen += maps  # zeros: q and k are made as wide as values
