@@ -13,6 +13,7 @@ import runs
 from checkpoint import load_checkpoint
 from experiments import family, sweep
 from experiments.family import FAMILY
+from model import GPTConfig
 
 future = torch.ones(T, T, dtype=torch.bool).triu(1)
 group = lambda layer, h: h * layer.n_k // H  # the key/value head that head h reads
@@ -135,6 +136,11 @@ def test_dcmha_starts_near_multi_head_attention_and_without_maps_of_its_tokens_i
         torch.nn.init.normal_(mix)
     generic.copy_shared(layer, tha)
     generic.assert_same(layer(x, rope(0, T)), tha(x, rope(0, T)))
+
+
+def test_heads_that_make_no_groups_are_refused():
+    with pytest.raises(ValueError, match="n_head 3 must be divisible"):
+        GPTConfig(vocab_size=11, n_head=3, n_embd=24, attention="mta")
 
 
 def test_the_program_trains_resumes_and_samples(tmp_path, data, capsys, monkeypatch):
