@@ -22,7 +22,7 @@ Letters in shapes: B batch, T new positions, S positions so far (cached ones inc
 component heads, D head width.
 
 To add a variant, write a class of about ten lines and give it a name in `ATTENTION`; every program and every generic
-test then takes it.
+test then takes it. `experiments/family.py` has seven more that were published.
 """
 
 import math

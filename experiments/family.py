@@ -103,8 +103,9 @@ class MultiTokenHeads(Attention):
     A_g = softmax(Q_g K_g^T / sqrt(D)),   C_f = (sum_g R[g, f] A_g) V_f   over the heads g of the group of f.
 
     Extra: R, `mix_weights` (H/2, 2, 2), the identity at the start. Its norm is the head norm, on by default; the
-    authors' has one gain for all heads. Their convolution over queries and keys is left out, so no map has to be
-    written: C_f = sum_g R[g, f] (A_g V_f), where each A_g reads its group's values side by side, as in `DFA`.
+    authors' has one gain for all heads. Left out: their convolution over queries and keys, mixing before the softmax
+    (`TalkingHeads`) and gate. So no map has to be written: C_f = sum_g R[g, f] (A_g V_f), where each A_g reads its
+    group's values side by side, as in `DFA`. Dropout acts on A, theirs on the mix.
     """
 
     head_norm_by_default = True
@@ -172,7 +173,7 @@ class Interleaved(Attention):
     Q~_hp = sum_m a[m, h, p] Q_m, likewise K~ and V~, are P tokens in the place of one: position n becomes n + p/P of a
     sequence P times as long. O_hp is head h's causal attention on it, and C_h = sum_{i, p} R[i, p, h] O_ip.
 
-    Extra: `mix_q`, `mix_k`, `mix_v` (n, HP) and `collapse` (HP, H). All P start as the head itself, C as their mean.
+    Extra: `mix_q`, `mix_k`, `mix_v` (n, HP) and `collapse` (HP, H). All P start as the head, here, and C as their mean.
     P = 2 here (the paper's is up to H), at P^2 times the scores. The paper places them at nP + p, which is the same
     with frequencies P times as slow. The n heads are cached before they are mixed: pseudo-keys are made when read.
     """
@@ -188,10 +189,8 @@ class Interleaved(Attention):
 
     @classmethod
     def flops_per_token(cls, config, layer, T):
-        mixed = 2 * config.n_head + sum(config.kv_heads(layer))  # heads, the collapsed ones included
-        return (
-            cls.P**2 * super().flops_per_token(config, layer, T) + 6 * mixed * cls.P * config.n_head * config.head_dim
-        )
+        mixed, width = 2 * config.n_head + sum(config.kv_heads(layer)), cls.P * config.n_head * config.head_dim
+        return cls.P**2 * super().flops_per_token(config, layer, T) + 6 * mixed * width
 
     def pseudo_heads(self, heads, mix):
         """(B, T, n, D), (n, HP) -> (B, T, HP, D): mixed, and turned by p/P; RoPE turns them by n."""
@@ -269,9 +268,9 @@ class DCMHA(TalkingHeads):
         return config.head_dim + 10 * config.n_head // config.kv_heads(layer)[1]
 
     @classmethod
-    def flops_per_token(cls, config, layer, T):  # W + W_q and W_k cost what Talking-Heads' mix costs, each
-        H = config.n_head
-        return super().flops_per_token(config, layer, T) + 6 * T * H**2 + 24 * config.n_embd * H + 432 * H**2
+    def flops_per_token(cls, config, layer, T):
+        H, maps = config.n_head, 2 * (12 * config.n_embd + 216 * config.n_head) * config.n_head  # W_d; W_2, w1 w2^T
+        return super().flops_per_token(config, layer, T) + 6 * T * H**2 + maps  # W_k composes as W does
 
     def project(self, x, cache):
         k, v = super().project(x, cache)
