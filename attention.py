@@ -22,7 +22,7 @@ Letters in shapes: B batch, T new positions, S positions so far (cached ones inc
 component heads, D head width.
 
 To add a variant, write a class of about ten lines and give it a name in `ATTENTION`; every program and every generic
-test then takes it.
+test then takes it. `experiments/family.py` has seven more that were published.
 """
 
 import math
@@ -142,14 +142,21 @@ class Attention(nn.Module):
         """
         return 6 * T * config.n_head * config.head_dim
 
+    @classmethod
+    def value_width(cls, config, layer):
+        """Numbers that a value head takes in a cache: D, and what a variant has to remember beside its value."""
+        return config.head_dim
+
     @property
     def drop(self):
         return self.config.dropout if self.training else 0.0
 
     def forward(self, x, rope, cache=None):
         B, T, _ = x.shape
-        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)), rope)
-        k, v = (heads.unflatten(2, (-1, self.head_dim)) for heads in self.project(x, cache))  # (B, T, n, D)
+        q = apply_rope(self.queries(x), rope)  # (B, T, H, D)
+        k, v = self.project(x, cache)
+        k = k.unflatten(2, (-1, self.head_dim))  # (B, T, n, D)
+        v = v.unflatten(2, (-1, self.value_width(self.config, self.layer)))
         if self.caches_rotated_keys:
             k = apply_rope(self.k_norm(k), rope)
         positions = None
@@ -160,8 +167,12 @@ class Attention(nn.Module):
         y = self.normed_heads(x, *(heads.transpose(1, 2) for heads in (q, k, v)), positions)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
+    def queries(self, x):
+        """Query heads before RoPE, (B, T, H, D); a variant may have another number of them."""
+        return self.q_norm(self.q_proj(x).unflatten(2, (-1, self.head_dim)))
+
     def project(self, x, cache):
-        """Keys (B, T, n_k*D) and values (B, T, n_v*D)."""
+        """Keys (B, T, n_k*D) and values (B, T, n_v*D), as they are cached."""
         return self.k_proj(x), self.v_proj(x)
 
     def normed_heads(self, x, q, k, v, positions):
@@ -274,7 +285,7 @@ class TalkingHeads(Attention):
         return F.dropout(weights, self.drop) @ v
 
     def attend(self, x, q, k, v, positions):
-        k, v = (heads.repeat_interleave(self.n_head // self.n_k, dim=1) for heads in (k, v))  # (B, H, S, D)
+        k, v = (heads.repeat_interleave(self.n_head // heads.size(1), dim=1) for heads in (k, v))  # (B, H, S, D)
         T, S, outputs = q.size(2), k.size(2), []
         if positions is None:
             positions = torch.arange(S - T, S, device=q.device)[None]

@@ -97,7 +97,11 @@ class GPTConfig:
 
     def kv_bytes_per_token(self, dtype=torch.float32):
         """Bytes that one position of one sequence takes in a `KVCache`."""
-        return sum(sum(self.kv_heads(layer)) for layer in range(self.n_layer)) * self.head_dim * dtype.itemsize
+        variant, numbers = ATTENTION[self.attention], 0
+        for layer in range(self.n_layer):
+            n_k, n_v = self.kv_heads(layer)
+            numbers += n_k * self.head_dim + n_v * variant.value_width(self, layer)
+        return numbers * dtype.itemsize
 
     def flops_per_token(self, T=None):
         """Forward and backward FLOPs of one training token at sequence length T: 6 per matrix weight, and attention."""
@@ -176,16 +180,21 @@ class KVCache:
     """What a model caches, keys (after RoPE, but for latents) and values, allocated once: exactly `nbytes`.
 
     Layer l holds (B, max_length, n_k, D) keys and (B, max_length, n_v, D) values, with `config.kv_heads(l)` = n_k, n_v:
-    for MEA the component heads. `lengths` has the number of valid positions of each row.
+    for MEA the component heads; values are as wide as the variant says (`Attention.value_width`). `lengths` has the
+    number of valid positions of each row.
     """
 
     def __init__(self, config, batch_size, max_length, dtype=torch.float32, device="cpu"):
-        self.max_length, self.device = max_length, device
-        if not ATTENTION[config.attention].caches_rotated_keys:
+        self.max_length, self.device, variant = max_length, device, ATTENTION[config.attention]
+        if not variant.caches_rotated_keys:
             tables = rope_table(max_length, config.head_dim, config.rope_theta, config.rope_frequencies)
             self.rope = tuple(table.to(device) for table in tables)
-        zeros = lambda n: torch.zeros(batch_size, max_length, n, config.head_dim, dtype=dtype, device=device)
-        self.layers = [LayerCache(self, *map(zeros, config.kv_heads(layer))) for layer in range(config.n_layer)]
+        zeros = lambda n, width: torch.zeros(batch_size, max_length, n, width, dtype=dtype, device=device)
+        self.layers = []
+        for layer in range(config.n_layer):
+            n_k, n_v = config.kv_heads(layer)
+            values = zeros(n_v, variant.value_width(config, layer))
+            self.layers.append(LayerCache(self, zeros(n_k, config.head_dim), values))
         self.lengths = [0] * batch_size
 
     def positions(self, T):

@@ -29,6 +29,7 @@ from functional import set_kernel
 from model import GPT, GPTConfig, build_config
 
 DEFAULT_DATA = "data/python"
+PROGRAMS = {"train": ["train.py"], "sample": ["sample.py"]}  # as the commands to try next name them
 # What --resume may change: the rest would make it another run.
 CHANGEABLE = {"resume", "overwrite", "out_dir", "data_dir", "eval_data", "teacher", "max_steps", "eval_every"}
 CHANGEABLE |= {"save_every", "log", "device", "kernel", "parallel", "activation_checkpointing", "compile", "threads"}
@@ -281,7 +282,7 @@ def last_good(out):
 def train_command(*options):
     """How this program was started, with other options: a line to paste."""
     start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")] if ranks()[1] > 1 else ["python"]
-    return shown_command(*start, "train.py", *options)
+    return shown_command(*start, *PROGRAMS["train"], *options)
 
 
 def prepare_folder(o, config, texts, step):
@@ -371,12 +372,12 @@ def show_end(o, texts, model, began, start=()):
     picture = save_picture(Path(o.out_dir) / "loss.png", lambda plt: draw_losses(plt, Path(o.out_dir)))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     say(f"Done in {minutes} min {seconds} s; {picture}. Try next:")
-    sample = ["sample.py", "--checkpoint", o.out_dir, "--prompt", prompt, "--num_samples", "3"]
-    say(f"  {shown_command('python', *sample)}")
+    sample = ["--checkpoint", o.out_dir, "--prompt", prompt, "--num_samples", "3"]
+    say(f"  {shown_command('python', *PROGRAMS['sample'], *sample)}")
     if not o.init_from:
         other, *others = [name for name in ATTENTION if name != model.config.attention]
         data = [] if o.data_dir == DEFAULT_DATA else ["--data_dir", o.data_dir]
         again = ["--preset", o.preset, "--attention", other, *data, "--out_dir", f"out/{o.preset}-{other}"]
-        say(f"  {shown_command('python', 'train.py', *again)}    # or {', '.join(others)}")
+        say(f"  {shown_command('python', *PROGRAMS['train'], *again)}    # or {', '.join(others)}")
     longer = ["--resume", "--max_steps", str(2 * o.max_steps), "--out_dir", o.out_dir]
-    say(f"  {shown_command('python', 'train.py', *longer)}    # go on for as long again")
+    say(f"  {shown_command('python', *PROGRAMS['train'], *longer)}    # go on for as long again")

@@ -3,10 +3,10 @@
     python experiments/sweep.py                                     # every variant, 3 seeds, the default preset
     python experiments/sweep.py --variants mha,mea,mea-norm,mea:diagonal,mea@2 --seeds 5 --jobs 2
 
-A variant is a name of attention.ATTENTION; `+norm` or `-norm` behind it is the opposite of its own default,
-`:diagonal` lets MEA learn one number per head, and `@2` caches 2 heads. Each variant at a learning rate of its own,
-chosen as the paper does (section 5.1.2, appendix D) from short runs whose rate is constant after the warm-up; then full
-runs at those rates:
+A variant is a name of attention.ATTENTION or of family.py; `+norm` or `-norm` behind it is the opposite of its own
+default, `:diagonal` lets MEA learn one number per head, and `@2` caches 2 heads. Each variant at a learning rate of its
+own, chosen as the paper does (section 5.1.2, appendix D) from short runs whose rate is constant after the warm-up; then
+full runs at those rates:
 
     python experiments/sweep.py --choose_rates --learning_rates 1e-3,3e-3,6e-3,1e-2,3e-2
     python experiments/sweep.py --rates_from experiments/results/rates.json
@@ -44,6 +44,7 @@ import torch
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
+from experiments.family import FAMILY
 from model import GPT, PRESETS, GPTConfig, build_config
 from runs import CHANGEABLE
 
@@ -130,7 +131,8 @@ def start(folder, options):
     resumed = (folder / "checkpoint.pt").exists()
     for stale in [] if resumed else folder.glob("compose-*.npz"):
         stale.unlink()
-    command = program("train.py", "--out_dir", folder, *(["--resume"] if resumed else ["--overwrite", *options]))
+    trainer = "train.py" if FAMILY.keys().isdisjoint(options) else "experiments/family.py"
+    command = program(trainer, "--out_dir", folder, *(["--resume"] if resumed else ["--overwrite", *options]))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
         # A session of its own: Ctrl-C reaches the sweep alone, which tells each run once. Told twice, none saves.

@@ -11,14 +11,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
-from gated import HeadGated
-
-from attention import ATTENTION
+import experiments.family  # noqa: F401 (registers its attentions: every generic test takes its variants from there)
 from data.prepare import prepare
 from train import main as train_main
 
 torch.set_num_threads(1)
-ATTENTION["gated"] = HeadGated  # every generic test takes its variants from here
 
 
 @pytest.fixture(scope="session")

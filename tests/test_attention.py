@@ -6,6 +6,7 @@ import torch
 import attention as attention_file
 import functional
 from attention import ATTENTION, MEA, MHA, apply_rope, compose_heads, rms_norm, rope_table
+from experiments.family import FAMILY
 from huggingface import folded_to_mha
 from model import GPTConfig, KVCache
 
@@ -207,27 +208,26 @@ def latent_formula(layer, q, k, v):
     return [plain_weights(q[:, h], k[:, h]) @ v[:, h] for h in range(H)]
 
 
-def gated_formula(layer, q, k, v):
-    gate = torch.sigmoid(layer.gate_proj(inputs()))  # (B, T, H)
-    return [y * gate[:, :, h, None] for h, y in enumerate(mha_formula(layer, q, k, v))]
+FORMULAS = {"mha": mha_formula, "mea": mea_formula, "tha": tha_formula, "dfa": dfa_formula, "latent": latent_formula}
 
 
-FORMULAS = {"mha": mha_formula, "mea": mea_formula, "tha": tha_formula, "dfa": dfa_formula, "gated": gated_formula}
-FORMULAS |= {"latent": latent_formula}
-
-
-@pytest.mark.parametrize("attention,norm", VARIANTS)
-@pytest.mark.parametrize("n_kv_head", [2, 4])
-def test_every_variant_is_its_formula(attention, norm, n_kv_head):
-    layer, x = make(attention, n_kv_head=n_kv_head, head_norm=norm), inputs()
+def assert_is_its_formula(layer, formula, tolerance=1e-10):
+    x = inputs()
     q, k, v = heads_of(layer.q_proj, x), heads_of(layer.k_proj, x), heads_of(layer.v_proj, x, rotate=False)
-    outputs = FORMULAS[attention](layer, q, k, v)
-    if norm:
+    outputs = list(formula(layer, q, k, v))
+    if layer.config.head_norm:
         for h, y in enumerate(outputs):
             outputs[h] = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * layer.head_norm.weight[h]
-            if attention == "dfa":
+            if layer.config.attention == "dfa":
                 outputs[h] = outputs[h] * (1 - 0.2)  # lambda_init of layer 0
-    assert_same(layer(x, rope(0, T)), layer.o_proj(torch.cat(outputs, dim=-1)))
+    assert_same(layer(x, rope(0, T)), layer.o_proj(torch.cat(outputs, dim=-1)), tolerance)
+
+
+@pytest.mark.parametrize("attention,norm", [(name, norm) for name, norm in VARIANTS if name not in FAMILY])
+@pytest.mark.parametrize("n_kv_head", [2, 4])
+def test_every_variant_is_its_formula(attention, norm, n_kv_head):
+    """tests/test_family.py has those of experiments/family.py."""
+    assert_is_its_formula(make(attention, n_kv_head=n_kv_head, head_norm=norm), FORMULAS[attention])
 
 
 def test_a_latent_is_its_formula_and_decodes_from_its_cache():
@@ -423,7 +423,8 @@ def test_bfloat16_autocast_stays_close(attention, norm):
     low.float().sum().backward()
     exact = layer(x, rope(0, T))
     assert low.dtype == torch.bfloat16
-    assert (low - exact).norm() / exact.norm() < 0.03
+    limit = 0.04 if attention == "dcmha" else 0.03  # its weights are rounded twice as often on their way
+    assert (low - exact).norm() / exact.norm() < limit
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 

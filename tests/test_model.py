@@ -92,7 +92,8 @@ def test_cache_bytes_are_what_the_config_says(attention, n_kv_head):
     cache = KVCache(config, batch_size=3, max_length=20)
     stored = [tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.k, layer.v)]
     heads = sum(sum(config.kv_heads(layer)) for layer in range(2))
-    assert cache.nbytes == sum(stored) == 3 * 20 * heads * 6 * 4 == 3 * 20 * config.kv_bytes_per_token()
+    beside = 2 * 4 * 10 if attention == "dcmha" else 0  # what it remembers of each head's maps in each layer
+    assert cache.nbytes == sum(stored) == 3 * 20 * (heads * 6 + beside) * 4 == 3 * 20 * config.kv_bytes_per_token()
     assert KVCache(config, 3, 20, torch.bfloat16).nbytes * 2 == cache.nbytes
 
 
@@ -209,7 +210,7 @@ def test_presets_have_the_sizes_they_are_known_by():
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_flops_are_those_that_pytorch_counts(attention):
-    """The counter sees whole attention maps where causality needs half, and the zeros that DFA pads q and k with."""
+    """The counter sees whole attention maps where causality needs half, and zeros that q and k are padded with."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,9 +221,11 @@ def test_flops_are_those_that_pytorch_counts(attention):
         F.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()).backward()
     per_token = counter.get_total_flops() / 64
     maps = 6 * 32 * 64  # what causality halves: scores and values of one layer
-    mixes = {"tha": 6 * 32 * 4**2}.get(attention, 0)
-    mapped = {"dfa": 1.5 * maps}.get(attention, maps) + mixes  # a value of DFA is 2D wide
-    seen = {"dfa": 4 * maps}.get(attention, 2 * maps) + 2 * mixes
+    mixes = {"tha": 6 * 32 * 4**2, "dcmha": 12 * 32 * 4**2}.get(attention, 0)
+    times = {"dfa": 1.5, "mta": 1.5, "diff2": 2, "collaborative": 2.5, "iha": 4}.get(attention, 1)
+    mapped, seen = times * maps + mixes, 2 * times * maps + 2 * mixes
+    if attention in ("dfa", "mta"):
+        seen += maps  # zeros: q and k are made as wide as values
     if attention == "mea":
         seen += 6 * 8 * 64  # composing keys and values, which the folded form does once a step
     assert per_token == config.flops_per_token() + 2 * (seen - mapped)

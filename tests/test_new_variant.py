@@ -5,12 +5,12 @@ import contextlib
 import pytest
 import test_attention as generic
 import torch.nn.functional as F
-from gated import HeadGated
 from test_train import run
 
 import sample
 from attention import ATTENTION, apply_rope
 from experiments import sweep
+from experiments.family import HeadGated
 from model import GPTConfig, KVCache
 
 

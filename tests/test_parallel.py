@@ -20,6 +20,7 @@ import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
 from data.prepare import prepare
+from experiments.family import FAMILY
 
 OPTIONS = "--preset tiny --threads 1 --device cpu --dtype float32 --batch_size 2 --schedule constant"
 OPTIONS += " --eval_every 10 --eval_windows 5 --save_every 10"
@@ -115,7 +116,7 @@ def test_a_signal_that_comes_twice_saves_and_stops_once(tmp_path, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("attention", [name for name in ATTENTION if name != "gated"])  # torchrun knows no conftest.py
+@pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in FAMILY])  # it starts train.py
 def test_two_processes_train_every_variant_as_one_with_twice_the_micro_batches(tmp_path, data, attention, parallel):
     shared = ["--data_dir", data, "--attention", attention, "--max_steps", 20]
     alone(*shared, "--grad_accum", 4, "--out_dir", tmp_path / "one")

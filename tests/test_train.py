@@ -33,12 +33,16 @@ from data.sampler import WindowSampler, validation_windows
 from data.texts import Turns
 from checkpoint import load_checkpoint, save_checkpoint
 from experiments import torture
+from experiments.family import FAMILY
 from options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 TINY = "--preset tiny --threads 1 --device cpu"
+
+# what runs are made of: one of the family, the one that does most, stands for those that share its code
+TRAINED = [name for name in gpt.ATTENTION if name not in FAMILY or name == "dcmha"]
 
 
 def run(*options, data):
@@ -91,7 +95,7 @@ def killed_after_saving(step, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("attention", gpt.ATTENTION)
+@pytest.mark.parametrize("attention", TRAINED)
 def test_resuming_is_bit_exact(tmp_path, data, attention, monkeypatch):
     options = f"--attention {attention} --dropout 0.1 --grad_accum 2 --batch_size 4"
     options = [options, "--max_steps 12 --save_every 4 --eval_every 5"]
@@ -616,7 +620,7 @@ def test_schedules():
     assert set(rates["wsd"][10:81]) == {1.0} and rates["wsd"][90] == pytest.approx(0.5) and 0 < rates["wsd"][99] < 0.06
 
 
-@pytest.mark.parametrize("attention", gpt.ATTENTION)
+@pytest.mark.parametrize("attention", TRAINED)
 def test_activation_checkpointing_changes_the_memory_and_no_number(tmp_path, data, attention):
     options = ["--attention", attention, "--dropout", 0.1, "--n_layer", 3, "--max_steps", 3]
     for name, extra in (("kept", []), ("recomputed", ["--activation_checkpointing"])):
@@ -655,7 +659,7 @@ def test_a_run_in_bfloat16_ends_near_one_in_float32(tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", gpt.ATTENTION)
+@pytest.mark.parametrize("attention", TRAINED)
 def test_a_compiled_model_computes_the_same(tmp_path, data, attention):
     for name, extra in (("plain", ""), ("compiled", "--compile")):
         run("--out_dir", tmp_path / name, "--attention", attention, "--max_steps 5", extra, data=data)
