@@ -17,7 +17,7 @@ from helpers import refused
 
 import options
 import train
-from experiments import bench, compression, engines, minutes, report, roofline, sweep, torture
+from experiments import bench, compression, engines, minutes, ranking, report, roofline, sweep, torture
 from huggingface import to_pretrained
 from model import GPT, GPTConfig
 
@@ -484,3 +484,39 @@ def test_a_run_of_nanogpt_is_followed_on_our_tokens(data, tmp_path, monkeypatch,
         "step  50/350  loss 5.01  val 5.2606 (2.4 bits per byte)  peak 1 MiB  2 tokens/s  ETA 1:00"
     )
     assert ours.groups() == ("50", "5.2606")
+
+
+def test_the_ranking_goes_on_from_its_rows_and_compares_by_seed(tmp_path, monkeypatch, capsys):
+    """Losses that follow from the run: mea-norm is 0.1 below MHA at its own best rate, and takes twice the time."""
+    made = []
+
+    def train_one(o, variant, rate, seed, steps, text):
+        made.append(ranking.key(variant, rate, seed, steps, text))
+        off = 0.0 if (variant, rate) in (("mha", 1.2e-2), ("mea-norm", 2.5e-2)) else 1.0
+        loss = 4 + off + seed / 10 - 0.1 * (variant == "mea-norm") + 0.5 * (steps < 600) - bool(text)
+        return dict(loss=loss, tokens=steps * 2048)
+
+    monkeypatch.setattr(ranking, "RESULTS", tmp_path)
+    monkeypatch.setattr(ranking, "train_one", train_one)
+    times = {name: dict(ratio=[r, r, r], parameters=5, cached_bytes=7) for name, r in (("mha", 1), ("mea-norm", 2))}
+    monkeypatch.setattr(ranking, "time_steps", lambda names: times)
+    ranking.main(["--variants", "mha,mea-norm", "--stages", "rates", "--jobs", "2"])
+    assert len(made) == 2 * 3 * 3
+    ranking.main(["--variants", "mha,mea-norm", "--long_data", "more"])
+    later = made[18:]
+    assert {run for run in later if "| 600" in run} == {
+        f"{name} | {seed} | 600" for name in ("mha | 0.012", "mea-norm | 0.025") for seed in range(3, 9)
+    }
+    assert {run for run in later if "| 300" in run} == {f"mea-norm | 0.025 | {seed} | 300" for seed in range(3)}
+    assert len([run for run in later if run.endswith("| 6400 | more")]) == 2 * 3
+    lines = (tmp_path / "ranking.md").read_text().splitlines()
+    first = next(line for line in lines if line.startswith("| mea-norm"))
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[:2] == ["mea-norm", "0.025"] and cells[2].startswith("4.3000") and cells[3].startswith("-0.1000")
+    assert cells[4:8] == [f"{2 / 2**9:.3g}", "9", "5", "7"] and cells[8].startswith("2.00")
+    assert cells[9].startswith("4.5000") and cells[10].startswith("3.0000") and cells[11].startswith("-0.1000")
+    count = len(made)
+    ranking.main(["--variants", "mha,mea-norm", "--long_data", "more"])
+    assert len(made) == count  # nothing is run again
+    assert "stages must be some of" in refused(capsys, ranking.main, "--stages speed")
+    assert "no variant" in refused(capsys, ranking.main, "--variants mhaa")
