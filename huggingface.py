@@ -276,7 +276,8 @@ def as_mha(model):
 
 
 def exported_model(model, special_tokens):
-    """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2, with QK-norm a Qwen3.
+    """The transformers model equal to `model`: a Llama, with biases on q, k and v a Qwen2 (but where RoPE has
+    frequencies of its own), with QK-norm a Qwen3.
 
     `special_tokens` has the ids that begin and end a text. Raises ValueError for a model that none of them can say.
     """
@@ -298,9 +299,14 @@ def exported_model(model, special_tokens):
         factors = [a / b for a, b in zip(plain, c.rope_frequencies)]
         rope |= dict(rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0)
         rope |= dict(factor=1.0, original_max_position_embeddings=c.block_size)
-    kind = "Qwen3" if c.qk_norm else "Qwen2" if c.attention_bias else "Llama"
+    # With frequencies of its own a Llama, whose o_proj then has a bias, too: llama.cpp reads those of no Qwen.
+    plain_qwen2 = c.attention_bias and c.rope_frequencies is None
+    kind = "Qwen3" if c.qk_norm else "Qwen2" if plain_qwen2 else "Llama"
     shape = {name: getattr(c, ours) for ours, name in FIELDS.items()} | dict(num_key_value_heads=c.kv_heads(0)[0])
     shape |= dict(tie_word_embeddings=c.tie_embeddings and c.embedding_multiplier == 1, rope_parameters=rope)
+    if kind == "Llama" and c.attention_bias:
+        shape["attention_bias"] = True
+        weights |= {f"layers.{layer}.self_attn.o_proj.bias": torch.zeros(c.n_embd) for layer in range(c.n_layer)}
     shape |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | special_tokens
     transformers = import_transformers()
     config = getattr(transformers, f"{kind}Config")(**shape)

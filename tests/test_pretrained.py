@@ -265,11 +265,12 @@ def ours(**fields):
         (dict(tie_embeddings=True), "llama"),  # its multiplier goes into the embedding, no longer the head
         (dict(rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
         (dict(attention_bias=True, n_kv_head=1, head_dim=12), "qwen2"),
+        (dict(attention_bias=True, n_kv_head=2, rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
         (dict(qk_norm=True, n_kv_head=2, head_dim=12), "qwen3"),
         (dict(attention="mea", head_norm=False), "llama"),
         (dict(attention="mea", head_norm=False, attention_bias=True), "qwen2"),
         (dict(attention="mea", head_norm=False, n_kv_head=2), "llama"),  # one wide head
-        (dict(attention="mea", head_norm=False, n_kv_head=[[2, 3], [1, 2]], attention_bias=True), "qwen2"),
+        (dict(attention="mea", head_norm=False, n_kv_head=[[2, 3], [1, 2]], attention_bias=True), "llama"),
         (dict(attention="mea", head_norm=False, n_kv_head=3, rope_frequencies=[1.0, 0.3, 0.01, 0.004]), "llama"),
         (dict(attention="mea", head_norm=False, compose="diagonal", n_kv_head=2), "llama"),
     ],
