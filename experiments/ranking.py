@@ -41,7 +41,7 @@ import train
 from experiments import sweep  # which enters family.py's attentions
 from model import GPT, build_config
 
-PLAIN = "mha,mea-norm,dfa-norm,tha,latent,gated,diff2,knocking,mta-norm,collaborative,iha,dcmha"
+PLAIN = "mha,mea-norm,dfa-norm,tha,gated,diff2,knocking,mta-norm,collaborative,iha,dcmha,mha@2,latent@2"
 # (a norm takes a gate before it away)
 NORMED = "mha+norm,mea,dfa,tha+norm,diff2+norm,knocking+norm,mta,collaborative+norm,iha+norm,dcmha+norm"
 RATES = (6e-3, 1.2e-2, 2.5e-2)
