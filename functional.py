@@ -355,6 +355,9 @@ def sdpa_attention(q, k, v, positions, dropout):
     if v.size(3) > D:  # torch's fused kernels want one width; zeros behind q and k change no score
         q, k = (F.pad(x, (0, v.size(3) - D)) for x in (q, k))
     causal, grouped = mask is None and T > 1, k.size(1) != q.size(1)
+    if grouped and T == 1:  # the queries of a group, as if they were positions of one head: it is read once for all
+        q = q.view(len(q), k.size(1), -1, q.size(3))
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=D**-0.5).flatten(1, 2).unsqueeze(2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=D**-0.5, enable_gqa=grouped)
 
 
