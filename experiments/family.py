@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runs
-from attention import ATTENTION, Attention, TalkingHeads, apply_rope, one_hot_composition, rope_table
+from attention import ATTENTION, MEA, Attention, TalkingHeads, apply_rope, one_hot_composition, rope_table
 from functional import causal_attention, causal_mask, compose_heads
 
 
@@ -300,8 +300,47 @@ class DCMHA(TalkingHeads):
         return F.dropout(compose(logits.softmax(-1), 1), self.drop) @ v
 
 
+# What combines: two of them in one
+
+
+def gated(variant):
+    """`variant` with the gates of HeadGated behind it, and behind a norm, which would take a gate before it away."""
+
+    class Gated(variant):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            self.gate_proj = nn.Linear(config.n_embd, self.n_head // self.heads_per_output, bias=False)
+
+        def normed_heads(self, x, *heads):
+            return super().normed_heads(x, *heads) * torch.sigmoid(self.gate_proj(x)).unsqueeze(-1)  # (B, T, H, D)
+
+    return Gated
+
+
+def composed(variant):
+    """`variant` of keys and values that are composed across heads first, as MEA's are."""
+
+    class Composed(variant):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            self.compose_k, self.compose_v = (nn.Parameter(one_hot_composition(n, n)) for n in (self.n_k, self.n_v))
+
+        @classmethod
+        def flops_per_token(cls, config, layer, T):
+            mixes = 6 * config.head_dim * sum(n * n for n in config.kv_heads(layer))
+            return super().flops_per_token(config, layer, T) + mixes
+
+        def attend(self, x, q, k, v, positions):
+            k, v = compose_heads(k, self.compose_k), compose_heads(v, self.compose_v)
+            return super().attend(x, q, k, v, positions)
+
+    return Composed
+
+
 FAMILY = {"gated": HeadGated, "diff2": DifferentialV2, "knocking": KnockingHeads, "mta": MultiTokenHeads}
 FAMILY |= {"collaborative": Collaborative, "iha": Interleaved, "dcmha": DCMHA}
+PAIRS = {"mea_gated": gated(MEA), "diff2_gated": gated(DifferentialV2), "diff2_composed": composed(DifferentialV2)}
+FAMILY |= PAIRS
 ATTENTION |= FAMILY
 
 # ---------------------------------------------------------------------------------------------------------------------

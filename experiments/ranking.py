@@ -44,6 +44,7 @@ from model import GPT, build_config
 PLAIN = "mha,mea-norm,dfa-norm,tha,gated,diff2,knocking,mta-norm,collaborative,iha,dcmha,mha@2,latent@2"
 # (a norm takes a gate before it away)
 NORMED = "mha+norm,mea,dfa,tha+norm,diff2+norm,knocking+norm,mta,collaborative+norm,iha+norm,dcmha+norm"
+PAIRED = "mea_gated-norm,diff2_gated,diff2_composed"
 RATES = (6e-3, 1.2e-2, 2.5e-2)
 STEPS, LONG_STEPS = 600, 6400
 STAGES = ("rates", "seeds", "time", "equal", "long")
@@ -213,7 +214,7 @@ def draw(plt, found):
 
 @dataclass
 class Options:
-    variants: str = option(f"{PLAIN},{NORMED}", "with commas between them, as in sweep.py")
+    variants: str = option(f"{PLAIN},{NORMED},{PAIRED}", "with commas between them, as in sweep.py")
     stages: str = option(",".join(STAGES), "with commas between them, in this order")
     long_data: str = option("data/cpp-docs", "data set of the stage `long` (experiments/LOG.md says how to make it)")
     jobs: int = option(1, "runs at a time, of one thread each", least=1)

@@ -12,7 +12,6 @@ from test_train import TINY
 import runs
 from checkpoint import load_checkpoint
 from experiments import family, sweep
-from experiments.family import FAMILY
 from model import GPTConfig
 
 future = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -101,12 +100,34 @@ FORMULAS = {name.removesuffix("_formula"): formula for name, formula in vars().i
 del FORMULAS["mha"]
 
 
-@pytest.mark.parametrize("attention", FAMILY)
+@pytest.mark.parametrize("attention", FORMULAS)
 @pytest.mark.parametrize("n_kv_head,norm", [(2, False), (4, True)])
 def test_every_variant_is_its_formula(attention, norm, n_kv_head):
     layer = make(attention, n_kv_head=n_kv_head, head_norm=norm)
     tolerance = 1e-7 if attention == "iha" else 1e-10  # it turns twice where the formula turns once, by float32 tables
     generic.assert_is_its_formula(layer, FORMULAS[attention], tolerance)
+
+
+def test_gates_stand_behind_an_attention_and_its_norm():
+    """Sigmoid(0) is a half; a gate in front of the norm would change nothing."""
+    for name, plain, fields in (("mea_gated", "mea", {}), ("diff2_gated", "diff2", dict(head_norm=True))):
+        layer, other = make(name, **fields), make(plain, **fields)
+        layer.gate_proj.weight.data.zero_()
+        generic.copy_shared(layer, other)
+        generic.assert_same(2 * layer(inputs(), rope(0, T)), other(inputs(), rope(0, T)))
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 4])
+def test_keys_and_values_are_composed_in_front_of_an_attention(n_kv_head):
+    """As its formula with composed heads, which is plain at the start."""
+    layer, plain = make("diff2_composed", n_kv_head=n_kv_head), make("diff2", n_kv_head=n_kv_head)
+    mix = lambda heads, w: torch.einsum("bctd,ch->bhtd", heads, w)
+    formula = lambda layer, q, k, v: diff2_formula(layer, q, mix(k, layer.compose_k), mix(v, layer.compose_v))
+    generic.assert_is_its_formula(layer, formula, 1e-10)
+    for w in (layer.compose_k, layer.compose_v):
+        w.data = torch.eye(n_kv_head, dtype=w.dtype)
+    generic.copy_shared(layer, plain)
+    generic.assert_same(layer(inputs(), rope(0, T)), plain(inputs(), rope(0, T)))
 
 
 @pytest.mark.parametrize("attention,fields", [("knocking", {}), ("mta", dict(head_norm=False)), ("collaborative", {})])
