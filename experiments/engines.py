@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, Rows, finish_axes, table
-from options import fail, option, parse_options, read_json, run_program, save_picture
+from options import fail, option, parse_options, read_json, replace_file, run_program, save_picture
 
 import numpy as np
 import torch
@@ -54,13 +54,12 @@ class Transformers:
 class LlamaCpp:
     def __init__(self, folder, o):
         try:
+            import gguf  # noqa: F401
             import llama_cpp
         except ImportError as error:
-            raise ValueError(f"{error}: pip install llama-cpp-python") from error
+            raise ValueError(f"{error}: pip install llama-cpp-python gguf") from error
         self.name, self.lib = f"llama-cpp-python {llama_cpp.__version__}", llama_cpp
-        how = dict(
-            n_ctx=max(o.contexts) + 64, n_batch=512, n_threads=o.threads, n_threads_batch=o.threads, verbose=False
-        )
+        how = dict(n_ctx=max(o.contexts) + 64, n_threads=o.threads, n_threads_batch=o.threads, verbose=False)
         kind = llama_cpp.GGML_TYPE_F32
         self.model = llama_cpp.Llama(str(gguf_of(folder, o)), type_k=kind, type_v=kind, flash_attn=False, **how)
         self.empty = self.state_size()
@@ -84,8 +83,8 @@ ENGINES = {"transformers": Transformers, "llama.cpp": LlamaCpp}
 
 def gguf_of(folder, o):
     """The GGUF file of a Hugging Face folder, as llama.cpp's converter writes it, with the rotary factors it has."""
-    target = Path(o.out_dir) / f"{Path(folder).name}.gguf"
-    if not target.exists():
+    target, made = Path(o.out_dir) / f"{Path(folder).name}.gguf", (Path(folder) / "config.json").stat().st_mtime
+    if not target.exists() or target.stat().st_mtime < made:
         converter = Path(o.llama_cpp) / "convert_hf_to_gguf.py"
         if not o.llama_cpp or not converter.is_file():
             raise ValueError(f"{converter} does not exist: give --llama_cpp, the folder of its source")
@@ -95,7 +94,8 @@ def gguf_of(folder, o):
         ended = subprocess.run(list(map(str, how)), capture_output=True, text=True)
         if ended.returncode:
             raise ValueError(f"{converter} cannot convert {folder}: {ended.stderr.strip().splitlines()[-1]}")
-        add_rope_factors(plain, folder, target)
+        add_rope_factors(plain, folder, plain.with_suffix(".whole"))
+        replace_file(plain.with_suffix(".whole"), target)
         plain.unlink()
     return target
 
@@ -172,7 +172,7 @@ def measure(o, folders):
             for folder in folders:
                 own, base = taken[folder][1:], taken[folders[0]][1:]
                 ratio = statistics.median(a / b for a, b in zip(own, base))
-                speed = dict(tokens_per_second=1 / statistics.median(own), time_to_first=ratio)
+                speed = dict(tokens_per_second=1 / statistics.median(own), time_ratio=ratio)
                 found[folder]["behind"][str(context)] = speed
                 engines[folder].keep(context - 8)
                 engines[folder].feed(noise[context - 8 : context])
@@ -186,7 +186,7 @@ def written_table(rows, contexts):
     cells = []
     for name, row in rows.items():
         speeds = [row["behind"].get(str(context)) for context in contexts]
-        shown = [f"{s['tokens_per_second']:.1f} ({s['time_to_first']:.2f})" if s else "" for s in speeds]
+        shown = [f"{s['tokens_per_second']:.1f} ({s['time_ratio']:.2f})" if s else "" for s in speeds]
         same = "the same" if row["same_text"] else "another"
         cells.append([row["engine"], name.split(" | ")[1], f"{row['apart']:.0e}", same, *shown])
         cells[-1].append(f"{row['bytes_per_token']:,.0f}")
@@ -194,14 +194,14 @@ def written_table(rows, contexts):
     return table(["engine", "model", "log-probabilities apart", "greedy text", *behind, "cached bytes a token"], cells)
 
 
-def draw(plt, rows, contexts):
+def draw(plt, rows):
     figure, axes = plt.subplots(1, len({row["engine"] for row in rows.values()}), sharex=True, squeeze=False)
     figure.set(figwidth=4 * axes.size, figheight=3.5, layout_engine="constrained")
     for ax, engine in zip(axes[0], dict.fromkeys(row["engine"] for row in rows.values())):
         for name, row in rows.items():
             if row["engine"] == engine:
-                speeds = [row["behind"][str(context)]["tokens_per_second"] for context in contexts]
-                ax.plot(contexts, speeds, marker="o", label=name.split(" | ")[1])
+                speeds = {int(context): seen["tokens_per_second"] for context, seen in row["behind"].items()}
+                ax.plot([*speeds], [*speeds.values()], marker="o", label=name.split(" | ")[1])
         ax.set_ylim(bottom=0)
         finish_axes(ax, title=engine, xlabel="cached positions", ylabel="tokens per second")
     return figure
@@ -232,7 +232,7 @@ def main(argv=None):
         rows = measure(o, folders)
         about = f"float32, threads: {o.threads}; tokens a second and, in brackets, the time over the original's."
         rows.write_table("engines.py", [about, "", *written_table(rows, o.contexts)])
-        print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, rows, o.contexts)))
+        print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, rows)))
     except (ValueError, OSError) as error:
         fail(error)
 

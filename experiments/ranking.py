@@ -22,17 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import (
-    RESULTS,
-    ROOT,
-    Rows,
-    in_turns,
-    mean_and_std,
-    number,
-    program,
-    ratio_quartiles,
-)
-from experiments.report import read_metrics, table
+from experiments.report import RESULTS, ROOT, Rows, in_turns, mean_and_std, number, program, ratio_cell
+from experiments.report import ratio_quartiles, read_metrics, table
 from options import fail, option, parse_options, run_program, save_picture
 
 import torch
@@ -59,7 +50,7 @@ def key(variant, rate, seed, steps=STEPS, text=""):
 def losses(rows, variant, rate, seeds, steps=STEPS, text=""):
     """{seed: loss} of the runs that are there."""
     found = {seed: rows.get(key(variant, rate, seed, steps, text)) for seed in seeds}
-    return {seed: row["loss"] for seed, row in found.items() if row}
+    return {seed: math.inf if row["loss"] is None else row["loss"] for seed, row in found.items() if row}
 
 
 def best_rate(rows, variant):
@@ -94,23 +85,22 @@ def planned(o, rows, stage):
 
 
 def train_one(o, variant, rate, seed, steps, text):
-    """The row of a finished run. Raises ValueError, with the file that says why, for one that failed."""
+    """The row of a finished run; one that diverged has no loss. Raises ValueError, with the file that says why, for one
+    that failed."""
     name = "-".join(filter(None, [variant, f"lr{rate:g}", f"seed{seed}", str(steps), Path(text).name]))
-    folder = ROOT / o.out_dir / name
-    ended = {"val_loss": None}
-    if not (folder / "checkpoint.pt").exists() or (read_metrics(folder) or [{}])[-1].get("step") != steps:
-        every = ["--eval_every", steps, "--save_every", max(steps // 8, 1)]
-        what = [*sweep.variant_options(variant), *SHAPE, *HOW, "--learning_rate", rate, "--seed", seed, *every]
-        begun = (folder / "checkpoint.pt").exists()
-        how = ["--resume"] if begun else [*what, "--max_steps", steps, "--overwrite"]
-        command = program("experiments/family.py", *how, "--out_dir", folder, *(["--data_dir", text] if text else []))
+    folder, log = ROOT / o.out_dir / name, ROOT / o.out_dir / f"{name}.log"
+    last = lambda: (read_metrics(folder) or [{}])[-1]
+    if last().get("step") != steps:
+        how = [*sweep.variant_options(variant), *SHAPE, *HOW, "--learning_rate", rate, "--seed", seed, "--overwrite"]
+        how += ["--max_steps", steps, "--eval_every", steps, "--save_every", max(steps // 8, 1)]
+        how = ["--resume"] if (folder / "checkpoint.pt").exists() else how + (["--data_dir", text] if text else [])
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{folder}.log", "a") as log:
-            failed = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        if failed and "stopped before the update" not in Path(f"{folder}.log").read_text()[-1000:]:
-            raise ValueError(f"{name} ended with {failed}: see {folder}.log")
-    ended = (read_metrics(folder) or [ended])[-1]
-    return dict(loss=ended.get("val_loss") or math.inf, tokens=ended.get("tokens", 0))
+        with open(log, "a") as file:
+            command = program("experiments/family.py", *how, "--out_dir", folder)
+            failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+        if failed and "stopped before the update" not in log.read_text()[-1000:]:
+            raise ValueError(f"{name} ended with {failed}: see {log}")
+    return dict(loss=last().get("val_loss"), tokens=last().get("tokens", 0))
 
 
 def built(variant):
@@ -125,8 +115,7 @@ def time_steps(variants, rounds=15):
     x, jobs, rows = torch.randint(2048, (16, 129)), {}, {}
     for variant in dict.fromkeys(["mha", *variants]):
         model = built(variant)
-        shape = dict(parameters=model.n_params(), cached_bytes=model.config.kv_bytes_per_token())
-        rows[variant] = shape
+        rows[variant] = dict(parameters=model.n_params(), cached_bytes=model.config.kv_bytes_per_token())
 
         def step(model=model, optimizer=train.make_optimizer(model.parameter_groups(0.1), 1e-3)):
             began = time.perf_counter()
@@ -185,7 +174,7 @@ def ranking_table(found):
         cell = [row["variant"], f"{row['rate']:g}", number(row["mean"][0], ".4f", row["mean"][1])]
         cell += [number(minus[0], "+.4f", minus[1]), number(row.get("losses_p"), ".3g"), str(len(row["losses"]))]
         cell += [number(row.get("parameters"), ","), number(row.get("cached_bytes"), ",")]
-        cell += ["{1:.2f} ({0:.2f} to {2:.2f})".format(*row["ratio"]) if "ratio" in row else ""]
+        cell += [ratio_cell(row["ratio"]) if "ratio" in row else ""]
         cell += [number(row["equal"][0], ".4f", row["equal"][1]), number(*after(row["long"]))]
         cells.append([*cell, number(long_minus[0], "+.4f", long_minus[1])])
     yield from table(heads, cells)

@@ -341,7 +341,7 @@ def test_exported_models_are_compared_in_turns(tmp_path, monkeypatch, capsys):
     whole, half = (rows[f"transformers | {name}"] for name in ("whole", "half"))
     assert whole["apart"] == half["apart"] == 0 and whole["same_text"] and half["same_text"]
     assert whole["bytes_per_token"] == 2 * half["bytes_per_token"] == 2 * (2 + 2) * 6 * 4
-    assert whole["behind"]["32"]["time_to_first"] == 1 and half["behind"]["16"]["tokens_per_second"] > 0
+    assert whole["behind"]["32"]["time_ratio"] == 1 and half["behind"]["16"]["tokens_per_second"] > 0
     assert (tmp_path / "engines-whole.md").read_text().count("| the same |") == 2
     assert "convert_hf_to_gguf.py does not exist" in refused(
         capsys, engines.main, options.replace("transformers", "llama.cpp"), "--out_dir", tmp_path
