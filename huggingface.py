@@ -389,6 +389,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     say(f"wrote {out_dir}, which transformers loads to the same logits" + (f"; {note}" if note else ""))
+    if read_json(out_dir / "config.json").get("rope_parameters", {}).get("rope_type") == "longrope":
+        say("llama.cpp: its converter leaves the rotary factors out, experiments/engines.py --llama_cpp puts them in")
 
 
 if __name__ == "__main__":

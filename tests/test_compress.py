@@ -16,6 +16,7 @@ import torch
 from helpers import SHAPE as BASE
 
 import compress as program
+import huggingface
 import train
 from attention import ATTENTION, apply_rope, one_hot_composition, rope_table
 from compress import allocate, calibrate, choose_ranks, compress, probe, uniform_ranks, with_ranks
@@ -600,6 +601,9 @@ def test_the_program_halves_a_cache_as_a_plain_mha(trained, tmp_path, capsys):
     assert (model.config.attention, model.config.n_kv_head, model.config.head_dim) == ("mha", 1, 16)
     assert report["ranks"] == [[16, 16]] * 2 and report["kv_ratio"] == 0.5 and report["method"] == "gqa"
     assert "1 key/value heads of 16, a plain MHA" in printed and f"huggingface.py --checkpoint {out}" in printed
+    pytest.importorskip("transformers")
+    huggingface.main(["--checkpoint", str(out)])
+    assert "llama.cpp: its converter leaves the rotary factors out" in capsys.readouterr().out
     assert "kv_groups are for --method gqa" in refused(capsys, f"--checkpoint {trained / 'mha'} --kv_groups 1")
     assert "kv_groups 3 must divide" in refused(capsys, f"--checkpoint {trained / 'mha'} --method gqa --kv_groups 3")
 
