@@ -177,8 +177,18 @@ def ranking_table(found):
         cell += [ratio_cell(row["ratio"]) if "ratio" in row else ""]
         cell += [number(row["equal"][0], ".4f", row["equal"][1]), number(*after(row["long"]))]
         cells.append([*cell, number(long_minus[0], "+.4f", long_minus[1])])
-    yield from table(heads, cells)
+    there = [column for column in range(len(heads)) if any(cell[column] for cell in cells)]  # stages that have begun
+    yield from table([heads[column] for column in there], [[cell[column] for column in there] for cell in cells])
     yield from ["", "Mean ± standard deviation over seeds; p: exact sign-flip test of the paired differences."]
+
+
+def rates_table(found, rows):
+    """The same seeds at every rate."""
+    cells = []
+    for row in found:
+        ends = [mean_and_std(losses(rows, row["variant"], rate, range(3)).values()) for rate in RATES]
+        cells.append([row["variant"], *(number(mean, ".4f", std) for mean, std in ends)])
+    yield from ["", "Seeds 0 to 2 at every rate:", "", *table(["variant", *(f"{rate:g}" for rate in RATES)], cells)]
 
 
 def after(ends):
@@ -228,7 +238,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     found = ranking(o, rows)
-    rows.write_table("ranking.py", ranking_table(found))
+    rows.write_table("ranking.py", [*ranking_table(found), *rates_table(found, rows)])
     print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, found)))
 
 
