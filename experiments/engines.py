@@ -53,15 +53,15 @@ class Transformers:
 
 class LlamaCpp:
     def __init__(self, folder, o):
+        path = str(gguf_of(folder, o))
         try:
-            import gguf  # noqa: F401
             import llama_cpp
         except ImportError as error:
-            raise ValueError(f"{error}: pip install llama-cpp-python gguf") from error
+            raise ValueError(f"{error}: pip install llama-cpp-python") from error
         self.name, self.lib = f"llama-cpp-python {llama_cpp.__version__}", llama_cpp
         how = dict(n_ctx=max(o.contexts) + 64, n_threads=o.threads, n_threads_batch=o.threads, verbose=False)
         kind = llama_cpp.GGML_TYPE_F32
-        self.model = llama_cpp.Llama(str(gguf_of(folder, o)), type_k=kind, type_v=kind, flash_attn=False, **how)
+        self.model = llama_cpp.Llama(path, type_k=kind, type_v=kind, flash_attn=False, **how)
         self.empty = self.state_size()
 
     def state_size(self):
@@ -233,7 +233,7 @@ def main(argv=None):
         about = f"float32, threads: {o.threads}; tokens a second and, in brackets, the time over the original's."
         rows.write_table("engines.py", [about, "", *written_table(rows, o.contexts)])
         print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, rows)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
 
 
