@@ -57,8 +57,8 @@ def rope_table(length, dim, theta=10000.0, frequencies=None):
     """
     if frequencies is None:
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    positions, frequencies = torch.arange(length, dtype=torch.float64), torch.as_tensor(frequencies).double()
-    angle = torch.outer(positions, frequencies)[:, None]  # (length, 1, D/2)
+    positions = torch.arange(length, dtype=torch.float64)
+    angle = torch.outer(positions, torch.as_tensor(frequencies, dtype=torch.float64))[:, None]  # (length, 1, D/2)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -372,7 +372,7 @@ class MEA(Attention):
         one_query = T == 1 and form != "compose"
         if not kernel_is_chosen() or self.drop or not (whole_sequence or one_query):
             return super().normed_heads(x, q, k, v, positions)
-        gain, eps = (self.head_norm.weight, self.head_norm.eps) if self.config.head_norm else (None, 1e-6)
+        gain, eps = self.head_norm.weight if self.config.head_norm else None, self.config.norm_eps
         weights = (None, None) if form == "fold" else self.compositions()
         if whole_sequence:
             y = mea_attention(q, k, v, *weights, gain, eps=eps)

@@ -12,9 +12,9 @@ group keeps the pairs of keys, and the directions of values, that lose least. Qu
 **Latents** are one short vector for the keys of all heads and one for the values: any mix of features, so they lose
 least; what they pay is that keys have to be rebuilt and rotated whenever they are read.
 
-`compress_layer` replaces one layer, `join_heads` does for grouped heads, `calibrate` shows a model text, `compress`
-replaces its layers one by one, `probe` finds out which layers can spare how many heads. At the end stands the command
-that heals: `train.py` trains what is left towards the original. Read `attention.py` and `lowrank.py` first.
+surgery.py replaces one layer. Here `calibrate` shows a model text, `compress` replaces its layers one by one, `probe`
+finds out which layers can spare how many heads. At the end stands the command that heals: `train.py` trains what is
+left towards the original. Read `surgery.py` first.
 """
 
 from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, progress
@@ -49,7 +49,7 @@ BUDGETS = {  # which of n layers give up heads; all three are the paper's (secti
 
 
 def keys_stay(config, method):
-    """QK-norm does not commute with composition; a latent's keys are rebuilt before it."""
+    """Whether keys stay as they are: QK-norm does not commute with composition; a latent's are rebuilt before it."""
     return config.qk_norm and METHODS[method].form != "latent"
 
 
@@ -89,9 +89,9 @@ def grouped_ranks(config, kv_ratio, budget, kv_groups):
     if kv_groups and joinable_heads(config) % kv_groups:
         raise ValueError(f"kv_groups {kv_groups} must divide the {joinable_heads(config)} heads that can be joined")
     numbers = sum(map(sum, cached_now(config))) * config.head_dim / (2 * config.n_layer)
-    pairs = 2 * (kv_groups or 1)  # RoPE turns pairs: the width of a group is even
+    step = 2 * (kv_groups or 1)  # RoPE turns pairs: the width of a group is even
     what = f"{numbers:g} numbers for keys and as many for values" + f" in {kv_groups} groups" * bool(kv_groups)
-    kept = pairs * check_ratio(kv_ratio, numbers / pairs, 1, what, "even width")
+    kept = step * check_ratio(kv_ratio, numbers / step, 1, what, "even width")
     return [(kept, kept)] * config.n_layer
 
 
@@ -131,12 +131,12 @@ def choose_ranks(config, kv_ratio, budget, costs=None, method="aligned", kv_grou
     checks)."""
     if budget != "probe" or is_grouped(method):
         return uniform_ranks(config, kv_ratio, budget, method, kv_groups)
-    pairs = cached_now(config)
-    fewest = sum(n_k + 1 if keys_stay(config, method) else 2 for n_k, _ in pairs)
-    total = sum(map(sum, pairs))
+    ranks = cached_now(config)
+    fewest = sum(n_k + 1 if keys_stay(config, method) else 2 for n_k, _ in ranks)
+    total = sum(map(sum, ranks))
     what = f"{total} cached heads in {config.n_layer} layers"
     heads = check_ratio(kv_ratio, total, fewest, what, hint=parts_hint(config))
-    return allocate(costs, heads) if costs else pairs
+    return allocate(costs, heads) if costs else ranks
 
 
 def with_ranks(config, ranks, method="aligned", kv_groups=None):
@@ -201,15 +201,14 @@ class calibrate:
             yield from [None] * len(model.layers)
             return
         parts, rope = [model.embed(part).detach() for part in tokens.split(self.chunk)], rope_of(model, tokens.size(1))
-        precise = lambda: autocast(tokens.device, self.dtype)
         for block in model.layers:  # nothing is held open while the caller works
-            with torch.no_grad(), precise():
+            with torch.no_grad(), autocast(tokens.device, self.dtype):
                 inputs = [block.input_layernorm(x) for x in parts]
                 outputs = [block.self_attn(x, rope) for x in inputs]
                 moments = [second_moments(block.self_attn, x, rope, view) for view, x in enumerate(inputs)]
             mean = {kind: sum(each[kind] for each in moments) / len(moments) for kind in moments[0]}
             yield Calibration(mean, inputs, outputs, rope, self.dtype)
-            with torch.no_grad(), precise():
+            with torch.no_grad(), autocast(tokens.device, self.dtype):
                 if pairs is not None:
                     outputs = [block.self_attn(x, rope_of_pairs(rope, pairs)) for x in inputs]
                 parts = [x + output for x, output in zip(parts, outputs)]
@@ -259,9 +258,8 @@ def plan_groups(model, config, calibration):
         bar.update(1)
     bar.close()
     pairs, c = shared_pairs(energies, config.head_dim // 2), model.config
-    frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
     every_pair_once = pairs.tolist() == list(range(c.head_dim // 2))  # heads as wide as before
-    chosen = c.rope_frequencies if every_pair_once else [frequencies[pair] for pair in pairs]
+    chosen = c.rope_frequencies if every_pair_once else [c.frequencies[pair] for pair in pairs]
     if isinstance(calibration, calibrate):
         calibration = calibration.in_sequence(pairs)
 
@@ -321,7 +319,7 @@ def probe(model, method, tokens, windows, chunk=4, dtype=torch.float32):
 
 def allocate(costs, heads):
     """The ranks, one [n_k, n_v] per layer, with `heads` cached heads in all and the smallest sum of `costs` (see
-    `probe`).
+    `probe`; one below 0 counts as 0).
 
     Exact for that sum, by dynamic programming over what is left to give away. That the increases add up is an
     assumption.

@@ -203,9 +203,9 @@ class BlockAttention(torch.autograd.Function):
 
 
 def query_blocks(q, k, positions, G):
-    """Slices (heads, rows, keys): BLOCK queries, the keys that they may see, and a group of heads.
+    """Slices (heads, rows, keys): some of the N heads, BLOCK queries of each, and the keys that these may see.
 
-    Groups are as large as it takes for each thread to compute about SCORES_PER_CALL scores at a time.
+    Heads are as many as it takes for each thread to compute about SCORES_PER_CALL scores at a time.
     """
     N, T, S = len(q), q.size(1) // G, k.size(1)
     step = max(1, SCORES_PER_CALL * torch.get_num_threads() // max(1, G * min(BLOCK, T) * S))
@@ -235,7 +235,7 @@ def dropout_masks(ctx, device):
 
 
 def block_attention(q, k, v, positions, dropout):
-    """`causal_attention` by `BlockAttention`: the H/n query heads that share key/value head n become its rows."""
+    """`causal_attention` by `BlockAttention`: the H/n query heads that share a key/value head become its rows."""
     (B, H, T, D), n = q.shape, k.size(1)
     G = H // n
     q = q.unflatten(1, (n, G)).transpose(2, 3).reshape(B * n, T * G, D)
@@ -293,12 +293,12 @@ def choose_path(name, path, q, k, gradient, positions=None, obstacle=None):
     `obstacle`: what else stands against triton. Raises ValueError for an unknown path, and for path="triton" where the
     kernels cannot compute this.
     """
-    chosen = chosen_path(name, path, q.device, q.dtype, q.size(-1), obstacle)
+    chosen = requested_path(name, path, q.device, q.dtype, q.size(-1), obstacle)
     return chosen or ("blocks" if blocks_are_faster(q, k, gradient, positions) else "sdpa")
 
 
 @constant_while_tracing
-def chosen_path(name, path, device, dtype, D, obstacle):
+def requested_path(name, path, device, dtype, D, obstacle):
     """What the caller or `set_kernel` chose, if it can be; None leaves the choice to whichever of torch's is faster."""
     if path not in PATHS:
         raise ValueError(f"{name}: path={path!r} is none of {', '.join(map(repr, PATHS))}")
@@ -447,7 +447,7 @@ def mea_attention(
     q (B, H, T, D); k_components (B, n_k, T, D); v_components (B, n_v, T, D); compose_k (n_k, H), compose_v (n_v, H), or
     None where the heads are composed already (n == H); norm_weight (H, D), or None for no norm; any strides. Returns
     (B, H, T, D). `path` as at the top of this file; in fp32 "triton" is a tf32 computation on NVIDIA's tensor cores.
-    Raises ValueError.
+    Raises ValueError for shapes or dtypes that do not fit and for a path that cannot be taken.
     """
     q, k, v = autocast_inputs(q, k_components, v_components)
     check_shapes("mea_attention", q, k, v, compose_k, compose_v, norm_weight)
@@ -467,11 +467,12 @@ def mea_attention(
 def mea_decode(
     q, k_cache, v_cache, compose_k=None, compose_v=None, norm_weight=None, *, lengths=None, eps=1e-6, path="auto"
 ):
-    """One new position against a cache of component heads: the last row of `mea_attention`, no composite head built.
+    """One new position against a cache of component heads: the last row of `mea_attention`.
 
     q (B, H, 1, D); k_cache (B, n_k, S, D) and v_cache (B, n_v, S, D); lengths (B,): how many positions of each row are
     filled, the new one included, from 1 to S (None: all S), and nothing behind them is read; otherwise as
-    `mea_attention`. Returns (B, H, 1, D). For inference: the kernel has no gradient. Raises ValueError.
+    `mea_attention`. Returns (B, H, 1, D). triton and sdpa build no composite head; the kernel has no
+    gradient. Raises ValueError for shapes or dtypes that do not fit and for a path that cannot be taken.
     """
     q, k, v = autocast_inputs(q, k_cache, v_cache)
     check_shapes("mea_decode", q, k, v, compose_k, compose_v, norm_weight)

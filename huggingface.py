@@ -19,7 +19,6 @@ from textwrap import shorten
 import torch
 
 from attention import MEA, MHA, one_hot_composition
-from lowrank import one_wide_head
 from model import GPT, GPTConfig
 
 # The fields of `GPTConfig` that a transformers config has under another name, or the same.
@@ -237,12 +236,43 @@ def folded_to_mha(attention):
     return equal
 
 
+def one_wide_head(weights, D, n):
+    """The weights of an MEA without norms (a state dict), as those of multi-query attention: one key/value head holds
+    all components, n of them with those that are added as 0. W = n D; pairs turn by a component's frequencies, n times.
+
+        q_h . sum_c w_k[c, h] k_c / sqrt(D)  =  sqrt(n) concat_c(w_k[c, h] q_h) . concat_c(k_c) / sqrt(W),
+        W^O_h sum_c w_v[c, h] z_c  =  concat_c(w_v[c, h] W^O_h) . concat_c(z_c).
+
+    Components stand half beside half, as RoPE pairs the features of a head.
+    """
+
+    def side_by_side(heads):  # (any, n, D, M) -> (any, n*D, M)
+        return heads.unflatten(2, (2, D // 2)).transpose(1, 2).flatten(1, 3)
+
+    def padded(heads):  # (n_k or n_v, ..) -> (n, ..)
+        return torch.cat((heads, heads.new_zeros(n - len(heads), *heads.shape[1:])))
+
+    w_k, w_v = padded(weights["compose_k"]), padded(weights["compose_v"])  # (n, H)
+    wide = {}
+    for name, w in weights.items():
+        if name.startswith("q_proj."):  # a weight (H*D, C) or a bias (H*D)
+            heads = torch.einsum("ch,hdm->hcdm", w_k, w.view(w_k.size(1), D, -1))
+            wide[name] = (side_by_side(heads) * n**0.5).reshape(-1, *w.shape[1:])
+        elif name.startswith("k_proj."):
+            wide[name] = side_by_side(padded(w.view(-1, D, w[0].numel()))[None]).reshape(-1, *w.shape[1:])
+        elif name.startswith("v_proj."):
+            wide[name] = padded(w.unflatten(0, (-1, D))).flatten(0, 1)
+        elif name == "o_proj.weight":  # (C, H*D)
+            wide[name] = torch.einsum("mhd,ch->mhcd", w.unflatten(1, (-1, D)), w_v).flatten(1)
+    return wide
+
+
 @torch.no_grad()
 def as_mha(model):
     """The equal model of plain attention (`mha`) of an MEA without head norm; an MHA is one already.
 
     As many components as heads fold into the projections. One-hot compositions are grouped queries. Any others become
-    one wide key/value head, which caches as many numbers (see `lowrank.one_wide_head`). Raises ValueError.
+    one wide key/value head, which caches as many numbers (`one_wide_head`). Raises ValueError.
     """
     c, layers = model.config, [block.self_attn for block in model.layers]
     if c.attention != "mea":
@@ -264,8 +294,7 @@ def as_mha(model):
     else:
         if c.qk_norm or any(type(layer) is not MEA for layer in layers):
             raise ValueError("QK-norm, or more than MEA, stands between the components of this model and plain heads")
-        rope = c.rope_frequencies or [c.rope_theta ** (-2 * i / D) for i in range(D // 2)]
-        config = replace(c, n_kv_head=1, head_dim=n * D, rope_frequencies=rope * n, **plain)
+        config = replace(c, n_kv_head=1, head_dim=n * D, rope_frequencies=c.frequencies * n, **plain)
         weights = [layer.state_dict() | dict(zip(("compose_k", "compose_v"), layer.compositions())) for layer in layers]
         attention = [one_wide_head(each, D, n) for each in weights]
     shared = {name: w for name, w in model.state_dict().items() if ".self_attn." not in name}

@@ -38,8 +38,8 @@ def constant_while_tracing(function):
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
-# Heads are pairs (tensor, strides): (B, H, T, D) with any strides. A tile is BLOCK rows of one head by WIDTH columns, D
-# up to a power of two.
+# Heads are pairs (tensor, strides): (B, H, T, D), read with any strides, written with columns side by side. A tile is
+# BLOCK rows of one head by WIDTH columns: D rounded up to a power of two, at least 16.
 
 LOG2_E = constexpr(1.4426950408889634)  # scores are kept in units of log 2: the hardware has exp2, not exp
 
@@ -133,8 +133,8 @@ def backward_prepare_kernel(
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         normed, columns = x * inverse_rms, tl.arange(0, WIDTH)
         # One partial sum per program, no atomic additions: the result does not depend on the order of execution.
-        partial = ((b * tl.num_programs(0) + tl.program_id(0)) * H + h) * D + columns
-        tl.store(grad_gain + partial, tl.sum(tl.where(rows[:, None] < T, g * normed, 0.0), 0), mask=columns < D)
+        offsets = ((b * tl.num_programs(0) + tl.program_id(0)) * H + h) * D + columns
+        tl.store(grad_gain + offsets, tl.sum(tl.where(rows[:, None] < T, g * normed, 0.0), 0), mask=columns < D)
         g *= load_gain(gain, h, D, WIDTH)[None, :]
         g = inverse_rms * (g - normed * (tl.sum(normed * g, 1) / D)[:, None])
         g = g.to(grad[0].dtype.element_ty)
@@ -235,7 +235,7 @@ def decode_kernel(
     if split * chunk >= length:
         return
     first_head, heads = tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + tl.arange(0, BLOCK_H)
-    values, v_strides = v
+    v_tensor, v_strides = v
     first_component = 0 if compose_k is not None else first_head
     lanes = tl.arange(0, BLOCK_V * WIDTH)  # all value components side by side
     component, column = tl.cast(lanes // WIDTH, tl.int64), lanes % WIDTH  # heads may be more than 2^31 elements apart
@@ -260,7 +260,7 @@ def decode_kernel(
         p = tl.exp2(scores - new_max[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(p, 1)
-        v_rows = values + b * v_strides[0] + tl.cast(start, tl.int64) * v_strides[2]
+        v_rows = v_tensor + b * v_strides[0] + tl.cast(start, tl.int64) * v_strides[2]
         v_rows += tl.minimum(tl.arange(0, BLOCK_S), length - 1 - start)[:, None] * v_strides[2]
         v_columns = ((first_component + component) * v_strides[1] + column * v_strides[3])[None, :]
         v_tile = tl.load(v_rows + v_columns, mask=filled, other=0.0)  # (BLOCK_S, BLOCK_V * WIDTH)
@@ -399,9 +399,9 @@ def launch_attention_backward(grad_out, q, k, v, gain, pre_norm, log_sum_exp, ep
 
 
 @constant_while_tracing
-def decode_options(device, itemsize, H, n_k, n_v, D, composed):
+def decode_options(device, itemsize, H, n_k, n_v, D, to_compose):
     """Sizes of the decode kernel, or None where its accumulators or a block of keys would not fit one program."""
-    heads, keys, values = (H, n_k, n_v) if composed else (1, 1, 1)
+    heads, keys, values = (H, n_k, n_v) if to_compose else (1, 1, 1)
     width = max(16, next_power_of_2(D))
     lanes = next_power_of_2(values) * width
     block_h = max(16, min(next_power_of_2(heads), 64, 32768 // itemsize // lanes))  # tl.dot needs 16 rows
@@ -419,18 +419,18 @@ def decode_options(device, itemsize, H, n_k, n_v, D, composed):
 def launch_decode(q, k, v, compose_k, compose_v, gain, lengths, eps):
     """The output (B, H, 1, D) of one new position: `functional.mea_decode`."""
     B, H, _, D = q.shape
-    S, composed = k.shape[2], compose_k is not None
+    S, to_compose = k.shape[2], compose_k is not None
     compose_k, compose_v, gain, lengths = map(contiguous, (compose_k, compose_v, gain, lengths))
-    options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, composed)
-    blocks, keys = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
+    options = decode_options(q.device, q.element_size(), H, k.shape[1], v.shape[1], D, to_compose)
+    blocks, block_s = triton.cdiv(H, options["HEADS"]), options["BLOCK_S"]
     # Two programs per multiprocessor, as far as there are keys; a power of two, since combine_kernel loads a tile.
     programs = 2 * device_limits(q.device)[1] // max(1, B * blocks)
-    splits = next_power_of_2(max(1, min(128, programs, triton.cdiv(S, keys))))
+    splits = next_power_of_2(max(1, min(128, programs, triton.cdiv(S, block_s))))
     partial = q.new_empty(B, splits, H, options["VALUES"], D, dtype=torch.float32)
     log_sum_exp, out = q.new_empty(B, splits, H, dtype=torch.float32), q.new_empty(B, H, 1, D)
     heads = map(strided, (q, k, v))
     launch(decode_kernel, (splits, blocks, B), *heads, compose_k, lengths, partial, log_sum_exp, H, S, **options)
-    options = dict(D=D, WIDTH=options["WIDTH"], VALUES=options["VALUES"], SPLITS=splits, BLOCK_S=keys, num_warps=8)
+    options = dict(D=D, WIDTH=options["WIDTH"], VALUES=options["VALUES"], SPLITS=splits, BLOCK_S=block_s, num_warps=8)
     launch(combine_kernel, (H, B), partial, log_sum_exp, compose_v, gain, lengths, out, H, S, eps, **options)
     return out
 

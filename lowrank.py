@@ -6,7 +6,7 @@ what U brings y back?
     y  ~  U c,      least  E |S (y - U c)|^2.                                                                        (1)
 
 S says what an error costs. If U may be anything, the answer is an SVD: the leading eigenvectors of S E[y y^T] S^T are
-S U, and c are y's coordinates in them (`keep_features`).
+S U, and c are the coordinates of S y in them (`keep_features`).
 
 MEA keeps r component heads, c = (B_1 x .. B_r x), and mixes them: head h reads
 
@@ -24,7 +24,7 @@ commutes with that. So a key head's T_h is D/2 complex numbers, and (2) is D/2 s
 
 Shapes: heads W (n, D, M) of M inputs, or in their place any L with L L^T = E[y y^T]. As blocks they are (n, g, b, M): n
 heads of g blocks of b features, and T (n, g, b, b) maps each block by itself. A value head is one block of D real
-features; a key head is D/2 blocks of one complex number. Read `compress.py` next, which puts the results into layers.
+features; a key head is D/2 blocks of one complex number. Read `surgery.py` next, which puts the results into layers.
 """
 
 import math
@@ -63,7 +63,7 @@ def as_real(maps):
 
 
 def root(weight, moment):
-    """(n, D, any) with the products of the heads' outputs: L of L L^T = E[y y^T] (nD, nD); without it the weights."""
+    """L (n, D, nD) of L L^T = `moment`, E[y y^T] (nD, nD), in place of the weights (n, D, M); without one, these."""
     if moment is None:
         return weight
     values, vectors = torch.linalg.eigh(moment)  # any L does, and nothing longer than nD is needed
@@ -86,10 +86,10 @@ def in_metric(heads, kind, metric):
 def truncated_svd(heads, rank):
     """The paper's approximation (appendix F): w (rank, n) and the best sum_c w[c, h] B_c for heads (n, g, b, M).
 
-    One column per head, M = U S V^T; w = V^T, and B = U S is what w^T makes of the heads, so only V is needed.
+    With one column per head, A = U S V^T: w = V^T and B = U S = A w^T, so only V is needed.
     """
-    columns = torch.view_as_real(heads).flatten(1) if heads.is_complex() else heads.flatten(1)
-    w = torch.linalg.eigh(columns @ columns.T).eigenvectors[:, -rank:].T  # (rank, n), orthonormal rows
+    rows = torch.view_as_real(heads).flatten(1) if heads.is_complex() else heads.flatten(1)  # A^T
+    w = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -rank:].T  # (rank, n), orthonormal rows
     return w, torch.einsum("ch,ck,kgbm->hgbm", w.to(heads), w.to(heads), heads)
 
 
@@ -99,9 +99,9 @@ def components(w, maps, heads):
     return (torch.linalg.pinv(U, rtol=1e-9) @ stack(heads)).unflatten(1, (-1, heads.size(2))).transpose(0, 1)
 
 
-def rebuild(w, maps, weights):
+def rebuild(w, maps, B):
     """T_h sum_c w[c, h] B_c: (n, g, b, M)."""
-    return torch.einsum("hgab,ch,cgbm->hgam", maps, w.to(maps), weights)
+    return torch.einsum("hgab,ch,cgbm->hgam", maps, w.to(maps), B)
 
 
 def relative_error(heads, approximation):
@@ -161,10 +161,10 @@ def fit_any_maps(heads, w, maps, rounds=300, tolerance=1e-5):
     given the others."""
     errors = []
     for _ in range(rounds):
-        weights = components(w, maps, heads)  # (r, g, b, M)
-        target = torch.einsum("ch,cgbm->hgbm", w.to(heads), weights)
+        B = components(w, maps, heads)  # (r, g, b, M)
+        target = torch.einsum("ch,cgbm->hgbm", w.to(heads), B)
         maps = heads @ target.mH @ torch.linalg.pinv(target @ target.mH, rtol=1e-10, hermitian=True)
-        mapped = torch.einsum("hgab,cgbm->hcgam", maps, weights)  # T_h B_c: head h is a real combination of these
+        mapped = torch.einsum("hgab,cgbm->hcgam", maps, B)  # T_h B_c: head h is a real combination of these
         columns, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (mapped, heads))
         columns, wanted = columns.flatten(2).mT, wanted.flatten(1).unsqueeze(2)
         w = torch.linalg.lstsq(columns, wanted, driver="gelsd").solution[:, :, 0].T
@@ -175,7 +175,7 @@ def fit_any_maps(heads, w, maps, rounds=300, tolerance=1e-5):
 
 
 def approximate(weight, rank, kind, form, moment=None, metric=None):
-    """(2) for heads W (n, D, M): w (rank, n), T (n, D, D) real and the components' weights (rank, D, M), errors.
+    """(2) for heads W (n, D, M): w (rank, n), T (n, D, D) real, B (rank, D, M) and the errors.
 
     `form` of T: "none" (T = 1), "rotations", or "any". `moment` (nD, nD) is E[y y^T] of what the heads put out: errors
     are then those of outputs, otherwise of weights. `metric` of keys is diagonal, and the same for both halves of a
@@ -193,13 +193,13 @@ def approximate(weight, rank, kind, form, moment=None, metric=None):
             w, maps, errors = fit_any_maps(heads, w, S @ maps)
     else:
         w, maps, errors = align_by_rotation(heads, rank, rounds=300 if form == "rotations" else 0)
-    weights = from_blocks(components(w, maps, in_metric(weight, kind, metric)[1]))  # (rank, D, M)
+    B = from_blocks(components(w, maps, in_metric(weight, kind, metric)[1]))  # (rank, D, M)
     if form == "rotations":
         w = w / S[:, 0, 0, 0].real
     else:
         maps = torch.linalg.solve(S, maps)
     maps = maps[:, 0] if kind == "v" else as_real(torch.diag_embed(maps[:, :, 0, 0]))
-    return w, maps, weights, errors
+    return w, maps, B, errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,42 +261,11 @@ def keep_pairs(found, pairs):
     return torch.cat((down.real, down.imag)), as_real(up[:, :, 0]), lost
 
 
-def shared_pairs(energies, numbers):
-    """The frequencies (numbers) of the pairs that lose least when several spectra keep the same ones.
+def shared_pairs(energies, count):
+    """The frequencies (count) of the pairs that lose least when several spectra keep the same ones.
 
     `energies` is a list of (g, n), largest first: of each frequency the most valuable pair comes first.
     """
     longest = max(each.size(1) for each in energies)
     total = sum(F.pad(each, (0, longest - each.size(1))) for each in energies)
-    return (total.flatten().topk(numbers).indices // longest).sort().values
-
-
-def one_wide_head(weights, D, n):
-    """The weights of an MEA without norms (a state dict), as those of multi-query attention: one key/value head holds
-    all components, n of them with those that are added as 0. W = n D; pairs turn by a component's frequencies, n times.
-
-        q_h . sum_c w_k[c, h] k_c / sqrt(D)  =  sqrt(n) concat_c(w_k[c, h] q_h) . concat_c(k_c) / sqrt(W),
-        W^O_h sum_c w_v[c, h] z_c  =  concat_c(w_v[c, h] W^O_h) . concat_c(z_c).
-
-    Components stand half beside half, as RoPE pairs the features of a head.
-    """
-
-    def side_by_side(heads):  # (any, n, D, M) -> (any, n*D, M)
-        return heads.unflatten(2, (2, D // 2)).transpose(1, 2).flatten(1, 3)
-
-    def padded(heads):  # (n_k or n_v, ..) -> (n, ..)
-        return torch.cat((heads, heads.new_zeros(n - len(heads), *heads.shape[1:])))
-
-    w_k, w_v = padded(weights["compose_k"]), padded(weights["compose_v"])  # (n, H)
-    wide = {}
-    for name, w in weights.items():
-        if name.startswith("q_proj."):  # a weight (H*D, C) or a bias (H*D)
-            heads = torch.einsum("ch,hdm->hcdm", w_k, w.view(w_k.size(1), D, -1))
-            wide[name] = (side_by_side(heads) * n**0.5).reshape(-1, *w.shape[1:])
-        elif name.startswith("k_proj."):
-            wide[name] = side_by_side(padded(w.view(-1, D, w[0].numel()))[None]).reshape(-1, *w.shape[1:])
-        elif name.startswith("v_proj."):
-            wide[name] = padded(w.unflatten(0, (-1, D))).flatten(0, 1)
-        elif name == "o_proj.weight":  # (C, H*D)
-            wide[name] = torch.einsum("mhd,ch->mhcd", w.unflatten(1, (-1, D)), w_v).flatten(1)
-    return wide
+    return (total.flatten().topk(count).indices // longest).sort().values

@@ -76,7 +76,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"a head is {self.head_dim} wide, and RoPE needs an even width: change n_embd or n_head")
+            raise ValueError(f"a head is {self.head_dim} wide, and RoPE needs an even width: change head_dim or n_embd")
         if self.rope_frequencies is not None and len(self.rope_frequencies) != self.head_dim // 2:
             raise ValueError(f"rope_frequencies must be {self.head_dim // 2} numbers, one for every pair of a head")
         self.head_norm = variant.head_norm_by_default if self.head_norm is None else self.head_norm
@@ -94,6 +94,11 @@ class GPTConfig:
     def kv_heads(self, layer):
         """(key heads, value heads) that a layer projects and caches."""
         return tuple(self.n_kv_head[layer]) if isinstance(self.n_kv_head, list) else (self.n_kv_head, self.n_kv_head)
+
+    @property
+    def frequencies(self):
+        """Radians by which each of the D/2 pairs of a head turns from one position to the next."""
+        return self.rope_frequencies or [self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)]
 
     def kv_bytes_per_token(self, dtype=torch.float32):
         """Bytes that one position of one sequence takes in a `KVCache`."""
@@ -229,8 +234,7 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def on_device(self, device):
-        """This model in eval mode on a device, built without memory and given weights: ties what is tied, makes what no
-        file holds."""
+        """This model, once its weights are loaded, ready on a device in eval mode: ties and rotary tables made anew."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.make_rope()
@@ -323,7 +327,8 @@ class GPT(nn.Module):
         the `top_k` likeliest and then the fewest whose probabilities reach `top_p`. A row ends with a stop token, which
         is not returned. `on_token(row, id)` is called as each id is chosen. When a row outgrows the block size the
         older half of its context is dropped, all but the first `keep` tokens (a start of text), with or without the
-        cache: both give the same tokens. The model should be in eval mode. Raises ValueError.
+        cache: both give the same tokens. The model should be in eval mode. Raises ValueError for an empty prompt, a
+        setting out of range or logits that are not finite.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
@@ -358,8 +363,8 @@ class GPT(nn.Module):
             fresh = False
             for row, token in enumerate(tokens):
                 if len(contexts[row]) == limit:  # the cached positions of what stays would change: read it anew
-                    contexts[row] = contexts[row][:keep] + contexts[row][keep:][-(limit // 2) :]
-                    contexts[row], fresh = contexts[row][: limit - 1], True
+                    del contexts[row][keep : max(keep + 1, limit - limit // 2)]
+                    fresh = True
                 contexts[row].append(token)
                 if running[row] and token not in stop_tokens:
                     new[row].append(token)
@@ -433,7 +438,7 @@ def main(argv=None):
             config = build_config(options, attention=name, n_kv_head=n_kv_head)
         except ValueError:  # what was given is not for this variant
             continue
-        with torch.device("meta"):  # shapes without memory: the largest preset is 1.5 billion parameters
+        with torch.device("meta"):  # shapes without memory
             parameters = GPT(config).n_params()
         title = name if n_kv_head == config.n_head else f"{name}, {n_kv_head} of {config.n_head} kv"
         cached = config.kv_bytes_per_token(torch.bfloat16)

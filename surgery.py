@@ -6,13 +6,15 @@ a text that the layer saw. Read `attention.py` and `lowrank.py` first, and `comp
 
 import contextlib
 import copy
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from attention import ATTENTION, MEA, MHA, HeadNorm, apply_rope, causal_attention, compose_heads, one_hot_composition
+from attention import ATTENTION, MEA, MHA, HeadNorm, apply_rope, one_hot_composition
+from functional import causal_attention, compose_heads
 from lowrank import approximate, keep_features, keep_pairs, spectrum
 from options import autocast
 
@@ -52,8 +54,8 @@ def is_grouped(method):
 
 
 def effective_heads(attn, kind):
-    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and of each query head
-    which one.
+    """What attention really reads as keys ("k") or values ("v"): W (n, D, C [+ 1 with a bias]), and `reads` (H), which
+    of them each query head reads.
 
     Heads that are composed already (MEA) are folded first, and equal ones, as grouped queries share them, are one head;
     they come in the order of the query heads.
@@ -63,9 +65,9 @@ def effective_heads(attn, kind):
     if projection.bias is not None:
         weight = torch.cat((weight, projection.bias[:, None]), dim=1)
     weight = weight.double().unflatten(0, (-1, attn.head_dim))  # (components, D, C)
-    columns, reader = torch.unique(composition(attn, kind).to(weight), dim=1, return_inverse=True)  # sorted
-    order = torch.stack([(reader == i).nonzero()[0, 0] for i in range(columns.size(1))]).argsort()
-    return torch.einsum("cdm,cn->ndm", weight, columns[:, order]), order.argsort()[reader]
+    columns, reads = torch.unique(composition(attn, kind).to(weight), dim=1, return_inverse=True)  # sorted
+    order = torch.stack([(reads == i).nonzero()[0, 0] for i in range(columns.size(1))]).argsort()
+    return torch.einsum("cdm,cn->ndm", weight, columns[:, order]), order.argsort()[reads]
 
 
 def composition(attn, kind):
@@ -79,11 +81,11 @@ def composition(attn, kind):
 def second_moments(attn, x, rope, view=0):
     """{"k": E[k k^T], "v": E[z z^T], "q": E|q|^2} of a layer's keys, values and queries over x (B, T, C).
 
-    The keys of all heads side by side, before RoPE, and the values as the layer really sees them, averaged by attention
-    maps: (nD, nD). For each key head and rotary frequency, the energy of the queries that read it: (n, D/2). Of each
-    group of query heads that share a key head the maps are those of one, number `view`.
+    k: the keys of all heads side by side, before RoPE. z: all values side by side, averaged by an attention map; of the
+    query heads that share a key head only one, number `view`, lends its map. Both moments are (nD, nD). "q" (n, D/2):
+    the energy of the queries that read a key head, at each rotary frequency.
     """
-    (keys, reader), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
+    (keys, reads), (values, _) = effective_heads(attn, "k"), effective_heads(attn, "v")
     (B, T, _), D, group = x.shape, attn.head_dim, attn.n_head // len(keys)
     q = attn.q_norm(attn.q_proj(x).view(B, T, -1, D))
     energy = q.float().square().mean((0, 1)).unflatten(1, (2, -1)).sum(1).double()  # (H, D/2)
@@ -92,7 +94,7 @@ def second_moments(attn, x, rope, view=0):
     read = apply_rope(attn.k_norm(attn.k_proj(x).view(B, T, -1, D)), rope).transpose(1, 2)
     q, read = (heads[:, view % group :: group] for heads in (q, compose_heads(read, composition(attn, "k"))))
     z = causal_attention(q, read, v[:, None].expand(-1, q.size(1), -1, -1))  # (B, H/group, T, n*D)
-    moments = dict(q=torch.zeros(len(keys), D // 2).to(energy).index_add(0, reader, energy))
+    moments = dict(q=torch.zeros(len(keys), D // 2).to(energy).index_add(0, reads, energy))
     for kind, rows in (("k", k), ("v", z)):
         rows = rows.reshape(-1, rows.size(-1)).float()
         with torch.autocast(rows.device.type, enabled=False):
@@ -106,7 +108,7 @@ def project(heads, x):
     return F.linear(x, weight, bias[:, 0] if bias.numel() else None)
 
 
-def error_metric(attn, kind, weight, reader, moment, queries, rotates):
+def error_metric(attn, kind, weight, reads, moment, queries, rotates):
     """S of (1), head by head (n, D, D), or None: what an error in a key or value head costs.
 
     A key's error counts as much as its queries are large, frequency by frequency; a value's as W^O makes it, summed
@@ -128,10 +130,9 @@ def error_metric(attn, kind, weight, reader, moment, queries, rotates):
     o = attn.o_proj.weight.double().unflatten(1, (attn.n_head, D))  # (C, H, D)
     if normed:
         o = o * attn.head_norm.weight
-    gram = torch.zeros(n, D, D, dtype=o.dtype).index_add(0, reader, torch.einsum("cha,chb->hab", o, o))
+    gram = torch.zeros(n, D, D, dtype=o.dtype).index_add(0, reads, torch.einsum("cha,chb->hab", o, o))
     values, vectors = torch.linalg.eigh(gram / size.clamp_min(TINY)[:, None, None])
-    values = values.clamp_min(1e-6 * values.mean())  # what W^O ignores now it may read after it is refitted
-    values = values.clamp_min(TINY)
+    values = values.clamp_min((1e-6 * values.mean()).clamp_min(TINY))  # what W^O ignores now it may read when refitted
     return (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
 
 
@@ -170,7 +171,7 @@ def refit_output(new, calibration, rope, ridge=0.03):
 
 @contextlib.contextmanager
 def one_thread():
-    """Problems this small only lose by being shared."""
+    """Problems this small run slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -182,7 +183,7 @@ def one_thread():
 def observed(attn, kind, moments, how):
     """What `approximate` and `spectrum` want to know of a layer's keys or values: (W (n, D, C [+ 1]), the one that each
     query head reads, moment, metric, form of the maps)."""
-    weight, reader = effective_heads(attn, kind)
+    weight, reads = effective_heads(attn, kind)
     moment = None
     if moments is not None:
         moment, rows = moments[kind].cpu(), weight.flatten(0, 1)
@@ -194,19 +195,19 @@ def observed(attn, kind, moments, how):
     metric = None
     if how.weighs or form == "rotations":
         queries = moments["q"].cpu() if moments is not None else None
-        metric = error_metric(attn, kind, weight, reader, moment, queries, form == "rotations")
-    return weight, reader, moment, metric, form
+        metric = error_metric(attn, kind, weight, reads, moment, queries, form == "rotations")
+    return weight, reads, moment, metric, form
 
 
 @torch.no_grad()
 def compress_layer(attn, config, layer, method, calibration=None):
-    """(the MEA or Latent that replaces `attn`, {"k": error, "v": error}) with what config.kv_heads(layer) says cached.
+    """(the MEA or Latent that replaces `attn`, {"k": error, "v": error}), which caches config.kv_heads(layer).
 
     Virtual heads, (2) of lowrank.py: B becomes k_proj and v_proj, w becomes compose_k and compose_v, T_h goes into
     q_proj as q_h <- T_h^T q_h and into the columns of W^O that read head h. A head norm is blind to rotations only, and
     its gain, which is not, goes into W^O first. Latents, (1): P becomes k_proj and v_proj, U k_up_proj and v_up_proj.
-    Keys or values that keep all their heads stay as they are. `calibration` as from `calibrate`; without it weights
-    stand in for the data.
+    Keys or values that keep all their heads stay as they are. `calibration` is the layer's `Calibration`; without
+    it weights stand in for the data.
     """
     device, attn = attn.q_proj.weight.device, copy.deepcopy(attn).cpu()  # small problems, in float64
     new, how = ATTENTION[config.attention](config, layer).to(attn.q_proj.weight), METHODS[method]
@@ -220,18 +221,18 @@ def compress_layer(attn, config, layer, method, calibration=None):
             if f"{kind}_proj.weight" in kept and not is_latent(method):
                 getattr(new, f"compose_{kind}").copy_(composition(attn, kind))
                 continue
-            weight, reader, moment, metric, form = observed(attn, kind, moments, how)
+            weight, reads, moment, metric, form = observed(attn, kind, moments, how)
             if is_latent(method):
                 found = spectrum(weight, "v", moment, metric)  # keys, too: they are cached before RoPE
                 down, up, errors[kind] = keep_features(found, rank * config.head_dim)
-                up = up[reader[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
+                up = up[reads[:: new.n_head // new.n_rebuilt]].flatten(0, 1)
                 getattr(new, f"{kind}_up_proj").weight.copy_(up)
             else:
                 w, maps, down, history = approximate(weight, min(rank, len(weight)), kind, form, moment, metric)
                 errors[kind], down = history[-1], down.flatten(0, 1)
-                getattr(new, f"compose_{kind}").copy_(F.pad(w, (0, 0, 0, rank - len(w)))[:, reader])
+                getattr(new, f"compose_{kind}").copy_(F.pad(w, (0, 0, 0, rank - len(w)))[:, reads])
                 takes_gain = kind == "v" and form == "rotations" and isinstance(attn.head_norm, HeadNorm)
-                absorb_maps(new, attn, kind, maps[reader], takes_gain)
+                absorb_maps(new, attn, kind, maps[reads], takes_gain)
             set_rows(getattr(new, f"{kind}_proj"), down)
     new = new.to(device)
     if moments is not None and how.refits:
@@ -240,7 +241,7 @@ def compress_layer(attn, config, layer, method, calibration=None):
 
 
 def set_rows(projection, rows):
-    """Give a linear layer the rows (any, C), or with their bias as a last column; what is left of it becomes 0."""
+    """Give a linear layer the rows (any, C), or with their bias as a last column; its other rows become 0."""
     rows = F.pad(rows, (0, 0, 0, projection.out_features - len(rows)))  # fewer distinct heads than room
     projection.weight.copy_(rows[:, : projection.in_features])
     if projection.bias is not None:
@@ -273,13 +274,13 @@ def unfold(attn):
     new = MHA(config, attn.layer).to(attn.q_proj.weight)
     new.load_state_dict({n: w for n, w in attn.state_dict().items() if n.startswith(("q_", "o_"))}, strict=False)
     for kind in "kv":
-        heads, reader = effective_heads(attn, kind)
-        set_rows(getattr(new, f"{kind}_proj"), heads[reader].flatten(0, 1))
+        heads, reads = effective_heads(attn, kind)
+        set_rows(getattr(new, f"{kind}_proj"), heads[reads].flatten(0, 1))
     return new
 
 
 def joined(heads, kind, group):
-    """The `Spectrum` of a group of heads, a list of numbers, of what `observed` says of all."""
+    """The `Spectrum` of the heads in `group`, a list of indices; `heads` is what `observed` returns for all."""
     weight, _, moment, metric, _ = heads
     if moment is not None:
         n, D, _ = weight.shape
@@ -288,15 +289,11 @@ def joined(heads, kind, group):
 
 
 def choose_groups(cost, n, n_groups):
-    """Divide heads 0 .. n-1 into lists of as many: neighbours first, then two heads change places as long as the sum of
-    cost(group) falls."""
-    size, known = n // n_groups, {}
-
-    def price(*groups):
-        for group in map(frozenset, groups):
-            known[group] = known[group] if group in known else cost(sorted(group))
-        return sum(known[frozenset(group)] for group in groups)
-
+    """Divide heads 0 .. n-1 into n_groups lists of one length: neighbours first, then two heads change places while
+    the sum of cost(group) falls."""
+    size = n // n_groups
+    known = functools.cache(lambda group: cost(sorted(group)))
+    price = lambda *groups: sum(known(frozenset(group)) for group in groups)
     groups = [list(range(first, first + size)) for first in range(0, n, size)]
     changed = size > 1
     while changed:

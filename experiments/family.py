@@ -23,23 +23,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runs
-from attention import ATTENTION, MEA, Attention, TalkingHeads, apply_rope, one_hot_composition, rope_table
+from attention import ATTENTION, MEA, MHA, Attention, TalkingHeads, apply_rope, one_hot_composition, rope_table
 from functional import causal_attention, causal_mask, compose_heads
 
 
-class HeadGated(Attention):
-    """Head-gated attention (2505.06708): C_h * sigmoid(W_g x)_h, an ordinary attention whose heads can be closed.
+def gated(variant):
+    """`variant` with head gates (2505.06708): C_h * sigmoid(W_g x)_h, an attention whose heads can be closed.
 
-    Extra: W_g (C, H). The gate is computed from the query's token, behind the softmax.
+    Extra: W_g (C, H). The gate follows the query's token and stands behind the head norm, which would undo it.
     """
 
-    def __init__(self, config, layer=0):
-        super().__init__(config, layer)
-        self.gate_proj = nn.Linear(config.n_embd, self.n_head, bias=False)
+    class Gated(variant):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            self.gate_proj = nn.Linear(config.n_embd, self.n_head // self.heads_per_output, bias=False)
 
-    def attend(self, x, q, k, v, positions):
-        gate = torch.sigmoid(self.gate_proj(x)).transpose(1, 2).unsqueeze(-1)  # (B, H, T, 1)
-        return causal_attention(q, k, v, positions, self.drop) * gate
+        def normed_heads(self, x, *heads):
+            return super().normed_heads(x, *heads) * torch.sigmoid(self.gate_proj(x)).unsqueeze(-1)  # (B, T, H, D)
+
+    return Gated
+
+
+HeadGated = gated(MHA)
 
 
 class DifferentialV2(Attention):
@@ -68,14 +73,14 @@ class DifferentialV2(Attention):
         return y[:, ::2] - weight * y[:, 1::2]
 
 
-class KnockingHeads(Attention):
+class KnockingHeads(MHA):
     """Knocking-Heads attention (2510.23052, eq. 9): one small gated MLP for all value heads, then plain attention.
 
         V'_h = 2 (V_h W_up * sigmoid(V_h W_gate)) W_down,   C_h = softmax(Q_h K_h^T / sqrt(D)) V'_h
 
     Extra: three matrices (D, D), shared by all heads. W_up and W_down start as the identity and W_gate as 0, so V' = V.
-    The paper's other form, one shared matrix each for Q, K and V, ended behind this one, and maps of Q and K beside it
-    added nothing (its table 2). V' is what is cached.
+    The paper's other form, one shared matrix each for Q, K and V, did worse, and maps of Q and K beside this one gained
+    nothing (table 2). V' is what is cached.
     """
 
     def __init__(self, config, layer=0):
@@ -92,9 +97,6 @@ class KnockingHeads(Attention):
         v = v.unflatten(2, (-1, self.head_dim))  # (B, T, n, D)
         v = 2 * (v @ self.knock_up * torch.sigmoid(v @ self.knock_gate)) @ self.knock_down
         return k, v.flatten(2)
-
-    def attend(self, x, q, k, v, positions):
-        return causal_attention(q, k, v, positions, self.drop)
 
 
 class MultiTokenHeads(Attention):
@@ -143,15 +145,16 @@ class Collaborative(Attention):
         C_h = softmax((Q * m_h) K^T / sqrt(D)) V_h
 
     Extra: m, `mixing` (H, n, D); the queries are n heads, too. With n = H it starts as plain attention, m_h picking
-    head h, otherwise random. MEA's key composition is the case of one weight a head instead of one a feature. Weights
-    go before RoPE: behind it a pair weighed unequally would see more than distances. A score costs n times as much.
+    head h, otherwise random. MEA's key composition is the case of one weight a head instead of one a feature. The
+    weights act before RoPE: after it, unequal weights in a pair would make scores depend on more than distance. A score
+    costs n times as much.
     """
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         n, D = self.n_k, self.head_dim
         self.q_proj = nn.Linear(config.n_embd, n * D, bias=config.attention_bias)
-        own_head = one_hot_composition(n, self.n_head).T[..., None].expand(-1, -1, D)
+        own_head = torch.eye(n)[..., None].expand(-1, -1, D)
         self.mixing = nn.Parameter(own_head.clone() if n == self.n_head else torch.randn(self.n_head, n, D) / n**0.5)
 
     @classmethod
@@ -170,12 +173,12 @@ class Collaborative(Attention):
 class Interleaved(Attention):
     """Interleaved Head Attention (2602.21371): each head attends as P pseudo-heads, which see each other.
 
-    Q~_hp = sum_m a[m, h, p] Q_m, likewise K~ and V~, are P tokens in the place of one: position n becomes n + p/P of a
+    Q~_hp = sum_m a[m, h, p] Q_m, likewise K~ and V~, are P tokens in the place of one: position t becomes t + p/P of a
     sequence P times as long. O_hp is head h's causal attention on it, and C_h = sum_{i, p} R[i, p, h] O_ip.
 
-    Extra: `mix_q`, `mix_k`, `mix_v` (n, HP) and `collapse` (HP, H). All P start as the head, here, and C as their mean.
-    P = 2 here (the paper's is up to H), at P^2 times the scores. The paper places them at nP + p, which is the same
-    with frequencies P times as slow. The n heads are cached before they are mixed: pseudo-keys are made when read.
+    Extra: `mix_q` (H, HP), `mix_k`, `mix_v` (n, HP) and `collapse` (HP, H). Here all P start as the head, C as their
+    mean, and P = 2 (the paper's is up to H), at P^2 times the scores. The paper places them at tP + p, which is the
+    same with frequencies P times as slow. The n heads are cached before they are mixed: pseudo-keys are made when read.
     """
 
     caches_rotated_keys = False
@@ -193,10 +196,9 @@ class Interleaved(Attention):
         return cls.P**2 * super().flops_per_token(config, layer, T) + 6 * mixed * width
 
     def pseudo_heads(self, heads, mix):
-        """(B, T, n, D), (n, HP) -> (B, T, HP, D): mixed, and turned by p/P; RoPE turns them by n."""
-        c, D = self.config, self.head_dim
-        frequencies = c.rope_frequencies or [c.rope_theta ** (-2 * i / D) for i in range(D // 2)]
-        tables = rope_table(self.P, D, frequencies=[frequency / self.P for frequency in frequencies])  # (P, 1, D)
+        """(B, T, n, D), (n, HP) -> (B, T, HP, D): mixed, and turned by p/P; RoPE turns them by t."""
+        slower = [frequency / self.P for frequency in self.config.frequencies]
+        tables = rope_table(self.P, self.head_dim, frequencies=slower)  # (P, 1, D)
         heads = (mix.T @ heads).unflatten(2, (-1, self.P))
         return apply_rope(heads, [table[:, 0].to(heads.device) for table in tables]).flatten(2, 3)
 
@@ -278,7 +280,7 @@ class DCMHA(TalkingHeads):
         return k, torch.cat((v, numbers.reshape(*v.shape[:3], -1)), dim=-1).flatten(2)
 
     def attend(self, x, q, k, v, positions):
-        """What a head's row of the maps needs goes through the blocks behind its queries and values."""
+        """The numbers of query maps travel behind q and those of key maps behind v, so that blocks cut them, too."""
         v, numbers = v[..., : self.head_dim], v[..., self.head_dim :]
         numbers = numbers.unflatten(3, (-1, 10)).transpose(2, 3).flatten(1, 2)  # (B, H, S, 10)
         before, after = DynamicMaps.matrices(self.query_maps(x).transpose(1, 2))  # (B, H, T, H) each
@@ -300,21 +302,7 @@ class DCMHA(TalkingHeads):
         return F.dropout(compose(logits.softmax(-1), 1), self.drop) @ v
 
 
-# What combines: two of them in one
-
-
-def gated(variant):
-    """`variant` with the gates of HeadGated behind it, and behind a norm, which would take a gate before it away."""
-
-    class Gated(variant):
-        def __init__(self, config, layer=0):
-            super().__init__(config, layer)
-            self.gate_proj = nn.Linear(config.n_embd, self.n_head // self.heads_per_output, bias=False)
-
-        def normed_heads(self, x, *heads):
-            return super().normed_heads(x, *heads) * torch.sigmoid(self.gate_proj(x)).unsqueeze(-1)  # (B, T, H, D)
-
-    return Gated
+# What combines
 
 
 def composed(variant):
@@ -339,8 +327,7 @@ def composed(variant):
 
 FAMILY = {"gated": HeadGated, "diff2": DifferentialV2, "knocking": KnockingHeads, "mta": MultiTokenHeads}
 FAMILY |= {"collaborative": Collaborative, "iha": Interleaved, "dcmha": DCMHA}
-PAIRS = {"mea_gated": gated(MEA), "diff2_gated": gated(DifferentialV2), "diff2_composed": composed(DifferentialV2)}
-FAMILY |= PAIRS
+FAMILY |= {"mea_gated": gated(MEA), "diff2_gated": gated(DifferentialV2), "diff2_composed": composed(DifferentialV2)}
 ATTENTION |= FAMILY
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,13 +79,13 @@ def mix_inside_cost(B, T, H, Hc, D, block_m=128, itemsize=2):
     return Cost(visits * 2 * Hc * D * itemsize, visits * (2 * 2 * Hc * D + 2 * 2 * block_m * D), from_l2=True)
 
 
-def decode_cost(B, S, H, n_k, n_v, D, itemsize=2, composed=True):
+def decode_cost(B, S, H, n_k, n_v, D, itemsize=2, to_compose=True):
     """One step: the cache once (once per program's worth of heads), and the partial results written and read back."""
-    options = kernels.decode_options(torch.device("cpu"), itemsize, H, n_k, n_v, D, composed)  # as on an H100
-    reads = math.ceil(H / options["HEADS"]) if composed else 1
-    splits = max(1, 2 * 132 // (B * (reads if composed else H)))
+    options = kernels.decode_options(torch.device("cpu"), itemsize, H, n_k, n_v, D, to_compose)  # as on an H100
+    reads = math.ceil(H / options["HEADS"]) if to_compose else 1
+    splits = max(1, 2 * 132 // (B * (reads if to_compose else H)))
     partial = 2 * 4 * B * splits * H * options["VALUES"] * D
-    flops = 2 * B * S * D * (H * (n_k + n_v) if composed else 2 * H)
+    flops = 2 * B * S * D * (H * (n_k + n_v) if to_compose else 2 * H)
     return Cost(reads * B * S * (n_k + n_v) * D * itemsize + partial, flops)
 
 
@@ -104,7 +104,7 @@ def print_rooflines(B=8, T=2048, H=16, D=64, n=4):
         "attention, backward": backward_cost(B, T, H, D),
         f"decode step, absorbed, {n} of {H} heads cached": decode_cost(B, T, H, n, n, D),
         f"decode step, composing the cache, {n} of {H}": compose_then_decode_cost(B, T, H, n, n, D),
-        f"decode step, all {H} heads cached": decode_cost(B, T, H, H, H, D, composed=False),
+        f"decode step, all {H} heads cached": decode_cost(B, T, H, H, H, D, to_compose=False),
     }
     print(
         f"Rooflines at {FLOPS / 1e12:.0f} TFLOP/s, {BYTES_PER_SECOND / 1e12:.2f} TB/s; bf16, B={B} T={T} H={H} D={D}\n"
@@ -305,7 +305,7 @@ def decode_jobs(cases, B, S, H, D, device="cpu", dtype=torch.float32):
         k, v = (random_heads(B, n, S, D, device, dtype) for _ in "kv")
         w = torch.randn(n, H, device=device) if n < H else None
         step = lambda k=k, v=v, w=w, path=path: mea_decode(q, k, v, w, w, gain, path=path)
-        jobs[name] = torch.no_grad()(step), decode_cost(B, S, H, n, n, D, q.element_size(), composed=n < H)
+        jobs[name] = torch.no_grad()(step), decode_cost(B, S, H, n, n, D, q.element_size(), to_compose=n < H)
     return jobs
 
 
@@ -319,7 +319,7 @@ def print_timings(B, T, S, H, D, n):
     }
     kinds = attention_jobs(paths, B, T, H, D)
     every, last = random_heads(B, H, S, D), random_heads(B, H, 1, D)
-    alone = lambda: plain(last, every, every), decode_cost(B, S, H, H, H, D, 4, composed=False)
+    alone = lambda: plain(last, every, every), decode_cost(B, S, H, H, H, D, 4, to_compose=False)
     few = {f"{n} of {H} heads cached, mea_decode": (n, "auto"), f"{n} of {H} heads cached, reference": (n, "reference")}
     kinds["decode"] = {f"all {H} heads cached, SDPA alone": alone, **decode_jobs(few, B, S, H, D)}
     machine = f"CPU, {torch.get_num_threads()} threads, float32"

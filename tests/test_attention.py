@@ -86,6 +86,11 @@ def test_rope_commutes_with_composition():
     assert_same(rotate(compose_heads(k, weight)), compose_heads(rotate(k), weight))
 
 
+def test_frequencies_in_a_list_turn_as_exactly_as_those_of_theta():
+    listed = rope_table(4096, 64, frequencies=[5e5 ** (-2 * i / 64) for i in range(32)])
+    torch.testing.assert_close(listed, rope_table(4096, 64, theta=5e5), rtol=0, atol=1e-7)
+
+
 def test_rope_is_the_half_rotation_of_llama():
     x = torch.randn(1, 5, 1, D, dtype=torch.float64)
     y = apply_rope(x, rope(0, 5))

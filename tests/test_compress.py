@@ -24,8 +24,8 @@ from data.dataset import open_dataset
 from data.sampler import validation_windows
 from data.prepare import prepare
 from checkpoint import load_checkpoint
-from huggingface import to_pretrained
-from lowrank import approximate, one_wide_head, shared_pairs
+from huggingface import one_wide_head, to_pretrained
+from lowrank import approximate, shared_pairs
 from model import GPT, GPTConfig, KVCache
 from options import choose_dtype
 from sample import open_model

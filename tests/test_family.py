@@ -20,11 +20,6 @@ group = lambda layer, h: h * layer.n_k // H  # the key/value head that head h re
 # Each is a loop over heads: layer, q, k, v (B, heads, T, D) -> the outputs of the heads before the norm.
 
 
-def gated_formula(layer, q, k, v):
-    gate = torch.sigmoid(layer.gate_proj(inputs()))  # (B, T, H)
-    return [y * gate[:, :, h, None] for h, y in enumerate(mha_formula(layer, q, k, v))]
-
-
 def diff2_formula(layer, q, k, v):
     weight, outputs = torch.sigmoid(layer.lambda_proj(inputs())), []  # (B, T, H)
     for h in range(H):
@@ -109,12 +104,15 @@ def test_every_variant_is_its_formula(attention, norm, n_kv_head):
 
 
 def test_gates_stand_behind_an_attention_and_its_norm():
-    """Sigmoid(0) is a half; a gate in front of the norm would change nothing."""
-    for name, plain, fields in (("mea_gated", "mea", {}), ("diff2_gated", "diff2", dict(head_norm=True))):
-        layer, other = make(name, **fields), make(plain, **fields)
-        layer.gate_proj.weight.data.zero_()
+    """One head at a time: those of a row's gate scale its columns of W^O, behind the norm, which would undo them."""
+    for name, plain in (("gated", "mha"), ("mea_gated", "mea"), ("diff2_gated", "diff2")):
+        layer, other, x = make(name, head_norm=True), make(plain, head_norm=True), inputs()
         generic.copy_shared(layer, other)
-        generic.assert_same(2 * layer(inputs(), rope(0, T)), other(inputs(), rope(0, T)))
+        heads = []
+        other.o_proj.register_forward_pre_hook(lambda _, y: heads.append(y[0]))
+        other(x, rope(0, T))
+        gate = torch.sigmoid(layer.gate_proj(x)).repeat_interleave(D, dim=-1)  # (B, T, H*D)
+        generic.assert_same(layer(x, rope(0, T)), layer.o_proj(heads[0] * gate))
 
 
 @pytest.mark.parametrize("n_kv_head", [2, 4])

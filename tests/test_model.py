@@ -119,14 +119,20 @@ def test_greedy_text_is_the_same_without_the_cache_beyond_the_block_size_too(att
     assert [len(new) for new in cached] == [40, 40, 40]
 
 
-def test_the_start_of_a_text_stays_when_its_context_outgrows_the_block(monkeypatch):
+@pytest.mark.parametrize("keep", [1, 12, 100])  # at most half of a block of 24
+def test_the_start_of_a_text_stays_when_its_context_outgrows_the_block(monkeypatch, keep):
     model, seen = make(), []
     original = model.hidden
     monkeypatch.setattr(model, "hidden", lambda x, *more: seen.append(x) or original(x, *more))
-    kept = model.generate([[7, *range(20)]], 30, temperature=0, keep=1)
-    whole = [x[0].tolist() for x in seen if x.size(1) > 1]
-    assert len(whole) > 2 and all(row[0] == 7 for row in whole)
-    assert kept == model.generate([[7, *range(20)]], 30, temperature=0, keep=1, use_cache=False)
+    prompt = [7, *range(20)]
+    kept = model.generate([prompt], 30, temperature=0, keep=keep)
+    start, read = min(keep, 12), len(prompt)
+    assert seen[0].tolist() == [prompt] and sum(x.size(1) > 1 for x in seen) > 2
+    for x in seen[1:]:
+        read += 1  # the newest token is always read, alone or at the end of what is left
+        row, text = x[0].tolist(), (prompt + kept[0])[:read]
+        assert row == text[-1:] or row == text[:start] + text[start - len(row) :]
+    assert kept == model.generate([prompt], 30, temperature=0, keep=keep, use_cache=False)
 
 
 def test_within_the_block_size_generation_is_the_argmax_of_the_logits():
