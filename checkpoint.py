@@ -38,7 +38,8 @@ def save_checkpoint(folder, state):
         replace_file(new, current)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
         new.unlink(missing_ok=True)
-        kept = f"{current} is still the one from before" if current.exists() else "there is no earlier one"
+        earlier = [path for path in (current, folder / "checkpoint.prev.pt") if path.exists()]
+        kept = f"{earlier[0]} is still the one from before" if earlier else "there is no earlier one"
         reason = error.strerror if isinstance(error, OSError) else "the disk is full or the file could not be written"
         raise OSError(f"could not save a checkpoint in {folder} ({reason}); {kept}") from error
     if os.name == "posix":  # the renames themselves must survive a power cut
@@ -97,7 +98,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def known_settings(cls, settings):
-    """Saved fields of a dataclass, without those that it no longer has and that were not set: they said nothing."""
+    """`settings` without fields that `cls` no longer has, as long as they were unset (None, 0, False or empty)."""
     return {name: value for name, value in settings.items() if name in cls.__dataclass_fields__ or value}
 
 

@@ -18,7 +18,7 @@ left towards the original. Read `surgery.py` first.
 """
 
 from options import autocast, choose_device, choose_dtype, fail, new_folder, option, parse_options, progress
-from options import run_program, say, shown_command, write_atomically
+from options import run_program, say, shown_command, split_list, write_atomically
 
 import json
 import math
@@ -488,7 +488,7 @@ def print_report(report):
 def healing_command(o):
     """What trains the compressed model towards the original, as one would paste it."""
     how = dict(preset="heal", init_from=o.out_dir, teacher=o.checkpoint, data_dir=o.calibration_data)
-    how |= {} if o.data_dir in o.calibration_data.split(",") else dict(eval_data=o.data_dir)
+    how |= {} if o.data_dir in split_list(o.calibration_data) else dict(eval_data=o.data_dir)
     how |= dict(window=o.block_size, out_dir=f"{o.out_dir}-healed")
     return shown_command("python", "train.py", *(word for name, value in how.items() for word in (f"--{name}", value)))
 

@@ -11,7 +11,6 @@ and `checkpoint.py` next.
 from options import fail, new_folder, option, parse_options, read_json, refuse_pointer, run_program, say
 
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +18,7 @@ from textwrap import shorten
 import torch
 
 from attention import MEA, MHA, one_hot_composition
+from data.tokenizer import fetch_from_hub, is_hub_name
 from model import GPT, GPTConfig
 
 # The fields of `GPTConfig` that a transformers config has under another name, or the same.
@@ -61,27 +61,12 @@ def find_pretrained(path):
     if path.suffix == ".safetensors" or (path / "adapter_config.json").is_file():
         what = "bare weights" if path.suffix == ".safetensors" else "a LoRA adapter: merge it into its model first"
         raise ValueError(f"{path} is {what}; give a folder with config.json and model.safetensors")
-    # A folder of the owner's name means that a path on this disk was meant.
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) and not path.parent.exists():
-        path = fetch_from_hub(given)
+    if not path.exists() and is_hub_name(given):
+        path = fetch_from_hub(given, ["*.json", "*.jinja", "*.safetensors"])
     config = path if path.name == "config.json" else path / "config.json"
     if config.is_file() and "model_type" in read_json(config):  # a run folder has a config.json, too, without one
         return config
     return path if path.suffix == ".gguf" and path.is_file() else None
-
-
-def fetch_from_hub(name):
-    """The local folder of a model on the hub: safetensors, config and tokenizer. Raises FileNotFoundError, one line."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except ImportError:
-        why = "pip install huggingface_hub to look for a model of that name on the hub"
-    except Exception:  # no network, no such name, no permission: the hub has an exception for each
-        advice = "without a network, download the folder elsewhere and give its path"
-        why = f"the hub has no such model, or cannot be reached: {advice}"
-    raise FileNotFoundError(f"no checkpoint at {name} on this disk, and {why}")
 
 
 def check_weights(folder):
@@ -107,25 +92,21 @@ def load_pretrained(path, device="cpu", block_size=None):
     float32. `block_size` caps the positions, and so does a sliding window: up to its length every position sees all
     before it, as here. Raises FileNotFoundError or ValueError, in one line.
     """
-    folder, how = path.parent, dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
-    how |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # they are in the report
-    if path.suffix == ".gguf":  # its weights, often of 4 or 8 bits, become float32
+    folder, gguf = path.parent, path.suffix == ".gguf"
+    how = dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    how |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # the report then lists mismatched sizes
+    if gguf:  # its weights, often of 4 or 8 bits, become float32
         how["gguf_file"] = path.name
     else:
         check_weights(folder)
         how["use_safetensors"] = True
     transformers = import_transformers()
     try:
-        stored = (
-            transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if "use_safetensors" in how
-            else None
-        )
+        stored = None if gguf else transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except ImportError as error:
-        raise ValueError(
-            f"{path} needs more packages: pip install gguf accelerate ({shorten(str(error), 100)})"
-        ) from None
+        more = "pip install gguf accelerate; " * gguf
+        raise ValueError(f"{path} needs more packages: {more}{shorten(str(error), 100)}") from None
     except Exception as error:  # config.json may hold anything, and transformers raises anything for it
         raise ValueError(f"transformers cannot load {folder}: {shorten(str(error), 200)}") from error
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names and what != "error_msgs"}
@@ -351,8 +332,8 @@ def to_pretrained(model, folder, tokenizer=None, pretrained=None, bare=False, dt
     `pretrained` is what the state of a model that came from such a folder says of it: the files beside the weights are
     written again, and the weights in their dtype, unless `dtype` says another. `bare`: the model saw no start of text,
     so the tokenizer writes none. Returns what could not be written, one line or "". The folder appears when it is
-    complete. Raises ValueError for a model that transformers has no form for, FileExistsError for a folder that exists,
-    or OSError.
+    complete. `model` itself is left on the CPU, in float32. Raises ValueError for a model that transformers has no form
+    for, FileExistsError for a folder that exists, or OSError.
     """
     pretrained, content, note, special_tokens = pretrained or {}, None, "no tokenizer was given", {}
     if tokenizer is not None:

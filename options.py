@@ -7,7 +7,7 @@ repository. Import this file before torch: it sets how torch's threads wait.
 
 import os
 
-# Threads that wait soon go to sleep, unless the environment says otherwise. Spinning, the default, can be 30 times
+# A waiting thread soon goes to sleep, unless the environment says otherwise. Spinning, the default, can be 30 times
 # slower on a busy machine; never spinning loses a tenth on an idle one. OpenMP reads this once, when torch is loaded.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ
 
@@ -39,7 +39,7 @@ BOUNDS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most",
 def option(default, help, choices=None, group="", expand=True, **bounds):
     """A dataclass field that `parse_options` turns into --name. `bounds` of a number are some of BOUNDS.
 
-    --help lists the options of a `group` together. In a text a ~ that begins a path becomes the home folder, unless
+    --help lists the options of a `group` together. In a string a ~ that begins a path becomes the home folder, unless
     `expand` is False.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, group=group, expand=expand, bounds=bounds))
@@ -142,10 +142,10 @@ def run_program(main):
         sys.exit(141)
 
 
-def say(text="", end="\n"):
+def say(text):
     """Print now. Where nobody reads any more, a program with work to finish goes on in silence."""
     try:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         silence_output()
 
@@ -180,6 +180,11 @@ class PlainProgress:
 
     def close(self):
         pass
+
+
+def split_list(text):
+    """The parts of an option's text with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,11 +303,12 @@ def new_folder(folder, overwrite=False):
             os.rename(folder, old)
         os.rename(new, folder)
     except OSError as error:
-        raise OSError(f"could not write {folder} ({error.strerror or error}); nothing of it is left") from error
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise OSError(f"could not write {folder} ({error.strerror or error}); what was there before stays") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_picture(path, draw):

@@ -4,7 +4,7 @@ It holds checkpoint.pt and checkpoint.prev.pt, config.json, tokenizer.json, metr
 matplotlib, loss.png; run.lock keeps a second process out. Read `train.py`, whose loop writes it, and come back.
 """
 
-from options import choose_device, save_picture, say, shown_command, write_atomically
+from options import choose_device, save_picture, say, shown_command, split_list, write_atomically
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout  # torch brings it
 from attention import ATTENTION
 from checkpoint import FORMAT, find_checkpoint, known_settings, load_checkpoint
 from data import prepare
-from data.texts import Texts, split_list
+from data.texts import Texts
 from data.tokenizer import load_tokenizer
 from distributed import ranks
 from functional import set_kernel
@@ -56,7 +56,8 @@ def learning_rate(o, step):
 
 @contextlib.contextmanager
 def lock_run(o):
-    """Hold the run folder, so that no second process writes it. Raises ValueError where that must not be.
+    """Hold the run folder. Raises ValueError if another process does, or if it holds a run and neither --resume nor
+    --overwrite is given.
 
     The lock is the kernel's: it ends with the process however that ends. A new run that fails before its first step
     leaves no folder behind.
@@ -126,10 +127,10 @@ def open_run(o, given):
     if o.window > config.block_size:
         raise ValueError(f"window must be at most the model's block_size {config.block_size}, not {o.window}")
     texts.check_length(o.window)
-    for name, value in asdict(config).items():  # what a run is, and its record says, not what a preset would make
+    for name, value in asdict(config).items():  # the record shows the model's real shape, not the preset's
         setattr(o, name, value)
     with torch.device("meta"):
-        trained_parameters(GPT(config), o)
+        freeze_parameters(GPT(config), o)
     return o, config, texts, state, open_teacher(o, config, texts, state, device)
 
 
@@ -170,7 +171,7 @@ def initial_config(o, given, state):
     for name in sorted(given & set(config)):
         mine, theirs = getattr(o, name), config[name]
         longer = name == "block_size" and mine > state["config"][name]
-        other = name == "attention" and (theirs, mine) not in (("mha", "mea"), (theirs, theirs))
+        other = name == "attention" and (theirs, mine) != ("mha", "mea")
         if mine != theirs and (name not in REFITTED or longer or other):
             raise ValueError(f"{o.init_from} has {name} {theirs}, not {mine}: leave it out")
         config[name] = mine
@@ -187,8 +188,8 @@ def load_initial(model, weights):
         raise ValueError(f"the weights to start from do not fit the model: {odd[0]}")
 
 
-def trained_parameters(model, o):
-    """Freeze all but what --train_only and --freeze leave to train: the names of that. Raises ValueError.
+def freeze_parameters(model, o):
+    """Freeze all parameters but those that --train_only and --freeze leave to train. Raises ValueError.
 
     Both are parts of parameters' names, with commas between them: `--train_only self_attn`, `--freeze k_proj,v_proj`.
     """
@@ -200,9 +201,8 @@ def trained_parameters(model, o):
     for name, parameter in model.named_parameters():
         chosen = not only or any(part in name for part in only)
         parameter.requires_grad_(chosen and not any(part in name for part in frozen))
-    if not (trained := [name for name, parameter in model.named_parameters() if parameter.requires_grad]):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("train_only and freeze leave nothing to train: name less")
-    return trained
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,10 +233,10 @@ def open_teacher(o, config, texts, state, device):
         return None
     teacher, theirs = load_checkpoint(o.teacher, device)
     check_tokenizer(o.teacher, theirs, texts)
-    for name, ours, limit in (("vocab_size", config.vocab_size, None), ("block_size", o.window, "at least")):
-        value = getattr(teacher.config, name)
-        if value < ours or limit is None and value != ours:
-            raise ValueError(f"the teacher {o.teacher} has {name} {value}, where {limit or 'just'} {ours} is needed")
+    if (size := teacher.config.vocab_size) != config.vocab_size:
+        raise ValueError(f"the teacher {o.teacher} has vocab_size {size}, where {config.vocab_size} is needed")
+    if (size := teacher.config.block_size) < o.window:
+        raise ValueError(f"the teacher {o.teacher} has block_size {size}, where at least {o.window} is needed")
     if o.resume and fingerprint(teacher) != state["teacher"]:
         raise ValueError(f"{o.teacher} is not the teacher that this run began with: give its own with --teacher")
     return teacher.requires_grad_(False)
@@ -286,7 +286,7 @@ def train_command(*options):
 
 
 def prepare_folder(o, config, texts, step):
-    """Make the run folder, or, resuming, cut its metrics back to the checkpoint's step."""
+    """Make the run folder, or empty it of an earlier run; resuming, cut its metrics back to the checkpoint's step."""
     out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
@@ -347,10 +347,9 @@ def draw_losses(plt, out):
     panels = list(axes) if distilled else [axes, axes]
     texts = [name for name in (evaluated or [{}])[-1] if name.startswith("val_loss/")] or ["val_loss"]
     train = "train_kl" if distilled else "train_loss"
-    curves = [(panels[1], lines, train, "-"), *((panels[0], evaluated, name, "o-") for name in texts)]
-    for panel, chosen, name, style in curves:
-        tokens = [line["tokens"] / 1e6 for line in chosen]
-        panel.plot(tokens, [line[name] for line in chosen], style, label=name, lw=0.8)
+    for panel, name, style in [(panels[1], train, "-"), *((panels[0], name, "o-") for name in texts)]:
+        found = [line for line in lines if name in line]  # a resumed run may have been given more eval_data
+        panel.plot([line["tokens"] / 1e6 for line in found], [line[name] for line in found], style, label=name, lw=0.8)
     title = out.name + (f": validation {evaluated[-1]['val_loss']:.4f}" if evaluated else "")
     panels[0].set(ylabel="loss (nats per token)", title=title)
     if distilled:

@@ -17,7 +17,6 @@ import torch
 from checkpoint import find_checkpoint, load_checkpoint, starts_bare
 from data.tokenizer import encoding_of, load_tokenizer
 from functional import PATHS, set_kernel
-from model import KVCache
 
 
 @dataclass
@@ -138,8 +137,8 @@ def main(argv=None):
         write(text.rest() + ("\n" if last else "\n\n" + "-" * 80 + "\n"))
     seconds = max(time.monotonic() - began, 1e-9)
     positions = min(model.config.block_size, len(tokens) + o.max_new_tokens)
-    size, per_token = KVCache(model.config, 1, positions).nbytes, model.config.kv_bytes_per_token()
-    cache = "no cache" if o.no_cache else f"cache {size:,} bytes ({per_token:,} a token, {positions} positions)"
+    size = model.config.kv_bytes_per_token()
+    cache = "no cache" if o.no_cache else f"cache {size * positions:,} bytes ({size:,} a token, {positions} positions)"
     print(f"{count} tokens, {count / seconds:,.1f} tokens/s, {cache}", file=sys.stderr)
 
 

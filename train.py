@@ -25,32 +25,14 @@ import torch.nn.functional as F
 
 import model as gpt
 from checkpoint import load_checkpoint, save_checkpoint, starts_bare
-from distributed import (
-    barrier,
-    end_run,
-    full_state,
-    gather,
-    join_processes,
-    load_full_state,
-    ranks,
-    sync_gradients,
-    wrap,
-)
+from distributed import barrier, end_run, full_state, gather, join_processes, load_full_state, ranks
+from distributed import sync_gradients, wrap
 from functional import PATHS
 from model import GPT, GPTConfig
-from runs import (
-    DEFAULT_DATA,
-    describe_data,
-    describe_run,
-    fingerprint,
-    last_good,
-    learning_rate,
-    load_initial,
-    lock_run,
-)
-from runs import open_log, open_run, prepare_folder, print_progress, show_end, train_command, trained_parameters
+from runs import DEFAULT_DATA, describe_data, describe_run, fingerprint, freeze_parameters, last_good, learning_rate
+from runs import load_initial, lock_run, open_log, open_run, prepare_folder, print_progress, show_end, train_command
 
-# Training settings beside the shapes of model.PRESETS, where they are not the defaults of the options below. `small` is
+# Training settings beside the shapes of model.PRESETS; the others are the defaults of the options below. `small` is
 # a few minutes on 2 CPU cores; `base` and `1b` are for GPUs, with a larger corpus: see the README.
 LONG = dict(learning_rate=1e-3, save_every=500, eval_windows=512)
 TRAINING = {
@@ -60,7 +42,7 @@ TRAINING = {
     "1b": dict(batch_size=8, grad_accum=64, max_steps=100000, warmup_steps=1000, eval_every=500, **LONG),
 }
 PRESETS = {name: {**shape, **TRAINING[name]} for name, shape in gpt.PRESETS.items()}
-# What is trained on after compress.py (2601.19611, section 5.2: a cosine to 0): a model of any shape, with --init_from.
+# Training after compress.py (2601.19611, section 5.2: a cosine to 0), of whatever model --init_from names.
 HEAL = dict(block_size=512, max_steps=35, warmup_steps=3, learning_rate=3e-4, final_rate=0.0, weight_decay=0.0)
 PRESETS["heal"] = HEAL
 
@@ -70,7 +52,7 @@ run, data, optimisation, machine = (partial(option, group=name) for name in ("ru
 @dataclass
 class Options(GPTConfig):
     vocab_size: int = 256  # comes with the data
-    preset: str = run("small", "model shape and training settings (heal: settings); other options override it", PRESETS)
+    preset: str = run("small", "model shape and training settings (heal: no shape); other options override it", PRESETS)
     data_dir: str = run(DEFAULT_DATA, "prepared data set (see data/prepare.py), or several with commas between them")
     max_steps: int = run(350, "optimiser steps", least=1)
     out_dir: str = run("", "run folder (default: out/<preset>)")
@@ -83,7 +65,7 @@ class Options(GPTConfig):
     save_every: int = run(50, "steps between checkpoints", least=1)
     log: str = run("none", "where else metrics go; both stay on this machine", ["none", "tensorboard", "wandb"])
     seed: int = run(0, "of the weights, the order of the data and dropout", least=0)
-    window: int | None = data(None, "positions of a training window (default: block_size)", least=2)
+    window: int | None = data(None, "positions of a window (default: block_size, or the model's if less)", least=2)
     eval_data: str = data("", "data sets to validate on as well, and never to train on")
     eval_every: int = data(50, "steps between evaluations", least=1)
     eval_windows: int = data(64, "validation windows of each data set, always the same ones", least=1)
@@ -138,7 +120,7 @@ def training_loss(model, x, y, teacher=None):
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, device, dtype):
-    """Mean loss in nats per token over windows (inputs, targets), int64 arrays (count, T), shared by the ranks."""
+    """Mean loss in nats per token over windows (inputs, targets), int64 arrays (count, T), divided among the ranks."""
     was_training = model.training
     model.eval()
     total, (rank, world_size) = 0.0, ranks()
@@ -221,7 +203,7 @@ def train(o, config, texts, state=None, teacher=None):
     model.activation_checkpointing = o.activation_checkpointing
     if state is not None:
         load_initial(model, state["model"])
-    trained_parameters(model, o)  # before fsdp divides them
+    freeze_parameters(model, o)  # before fsdp divides them
     wrapped = wrap(model, o.parallel, device)
     forward = torch.compile(wrapped) if o.compile else wrapped
     optimizer = make_optimizer(model.parameter_groups(o.weight_decay), o.learning_rate, (o.beta1, o.beta2))

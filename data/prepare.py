@@ -105,7 +105,7 @@ def prepare(**options) -> Dataset:
                 corpus = named_corpus(o.source, o.shards or 1, o.val_fraction, o.seed)
             else:
                 corpus = local_corpus(path, o.val_fraction, o.seed)
-            tokenizer = tokenizer or train_bpe(sample(corpus), o.vocab_size or 2048)
+            tokenizer = tokenizer or train_bpe(tokenizer_text(corpus), o.vocab_size or 2048)
             meta |= write_tokens(corpus, tokenizer, new) | corpus.meta
             notes = corpus.notes
         meta |= dict(tokenizer=tokenizer.save(new), notes=notes)
@@ -208,7 +208,7 @@ def describe(dataset: Dataset) -> str:
 # Text to tokens
 
 
-def sample(corpus: Corpus):
+def tokenizer_text(corpus: Corpus):
     """Training text for the tokenizer: all of it, or about TOKENIZER_BYTES, spread evenly over the corpus."""
     keep, due = min(1.0, TOKENIZER_BYTES / max(1, corpus.size)), 0.0
     bar = progress("reading for the tokenizer", corpus.size)

@@ -38,28 +38,36 @@ class WindowSampler:
             starts[chosen] = (offset + permute(positions[chosen], n, key) * self.block_size) % len(self.tokens)
         return starts
 
-    def batch(
-        self,
-        step: int,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_step: int = 0,
-        grad_accum: int = 1,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), each int64 of shape (batch_size, block_size), targets one position ahead.
-
-        A step takes grad_accum * world_size * batch_size consecutive samples: the ranks' rows of one micro-step, one
-        after another, are the rows of one process with batch world_size * batch_size, and the micro-steps, one
-        after another, the rows of one batch grad_accum times as large.
-        """
-        first = ((step * grad_accum + micro_step) * world_size + rank) * batch_size
-        return self.windows(np.arange(first, first + batch_size))
-
     def windows(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of the windows number `samples`, each int64 (samples, block_size)."""
         return cut_windows(self.tokens, self.starts(samples), self.block_size)
+
+
+class Turns:
+    """Windows taken from several texts in turn, each begun by the model's start of text, if it has one.
+
+    Window number i of a run is number i // n of text i % n. `tokens` is a list of the texts' tokens.
+    """
+
+    def __init__(self, tokens, block_size, seed=0, start=()):
+        self.samplers, self.start = [WindowSampler(each, block_size, seed) for each in tokens], start
+
+    def batch(self, step, batch_size, *, rank=0, world_size=1, micro_step=0, grad_accum=1):
+        """(inputs, targets), each int64 (batch_size, block_size), targets one position ahead: a pure function.
+
+        A step takes grad_accum * world_size * batch_size consecutive windows: the ranks' rows of one micro-step, one
+        after another, are the rows of one process with batch world_size * batch_size, and the micro-steps, one
+        after another, the rows of one batch grad_accum times as large.
+        """
+        first, n = ((step * grad_accum + micro_step) * world_size + rank) * batch_size, len(self.samplers)
+        windows = [self.samplers[i % n].windows(np.array([i // n])) for i in range(first, first + batch_size)]
+        return begin([np.concatenate(side) for side in zip(*windows)], self.start)
+
+
+def begin(windows, start):
+    """Windows (inputs, targets) whose first inputs are the tokens of `start`, if there are any."""
+    windows[0][:, : len(start)] = list(start)
+    return windows
 
 
 def validation_windows(tokens: np.ndarray | Shards, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,6 +129,7 @@ if __name__ == "__main__":
     print(f"26 tokens in windows of 5: {sampler.windows_per_epoch} windows an epoch, by their first token")
     for epoch in range(3):
         print(f"  epoch {epoch}: {sampler.starts(np.arange(5) + 5 * epoch).tolist()}")
-    print("step 1, batch 4:", sampler.batch(1, 4)[0][:, 0].tolist())
-    print("the same, by 2 ranks:", [sampler.batch(1, 2, rank=rank, world_size=2)[0][:, 0].tolist() for rank in (0, 1)])
+    turns = Turns([np.arange(26)], block_size=5, seed=1)
+    print("step 1, batch 4:", turns.batch(1, 4)[0][:, 0].tolist())
+    print("the same, by 2 ranks:", [turns.batch(1, 2, rank=rank, world_size=2)[0][:, 0].tolist() for rank in (0, 1)])
     print("validation windows:", validation_windows(np.arange(26), 5, 3)[0][:, 0].tolist())

@@ -149,7 +149,6 @@ def clean_code(text: str, tree: ast.Module) -> str:
 RECORDS = (".jsonl", ".parquet")  # a document in each record's "text"
 SUFFIXES = (".txt", ".md", ".rst", ".py", *RECORDS)  # what is read in a folder
 SPLIT_NAME = re.compile(r"(train|val|test)(id|idation)?([-_.]\d+([-_]of[-_]\d+)?)?\.\w+", re.I)
-SPACE = 1 << 16  # characters of white space that are searched for a divider behind them
 
 
 def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
@@ -159,7 +158,7 @@ def local_corpus(source: Path, val_fraction: float, seed: int) -> Corpus:
         if path != source and path.suffix.lower() not in SUFFIXES:
             skipped[path.suffix or "without suffix"] += 1
         elif not is_text(path):
-            skipped["empty or not in UTF-8"] += 1
+            skipped["empty or not text"] += 1
         else:
             files.append(path)
     check_pyarrow(files)
@@ -299,21 +298,15 @@ def read_text(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def read_pieces(path: Path, divides: bool) -> Iterator[str]:
-    """The text of a file in pieces of PIECE characters, to the end of a line, if that is near. If END_OF_TEXT `divides`
-    it, none is torn, or parted from the white space before it (of more than SPACE characters)."""
+    """The text of a file in pieces of about PIECE characters, to the end of a line, if that is near. If END_OF_TEXT
+    `divides` it, none is torn, or parted from the white space before it."""
+    held = ""
     with open_text(path, newline="\n") as stream:
-        read = lambda: stream.read(PIECE) + stream.readline(PIECE)
-        piece, following = read(), read()
-        while piece:
-            tail = piece[len(before_divider(piece)) :] if divides else ""
-            while tail and END_OF_TEXT.startswith((tail + following).lstrip()) and len(following) < SPACE:
-                if not (more := read()):
-                    break
-                following += more
-            if tail and (tail + following).lstrip().startswith(END_OF_TEXT):
-                piece, following = piece[: -len(tail)], tail + following
-            yield piece
-            piece, following = following, read()
+        while more := stream.read(PIECE) + stream.readline(PIECE):
+            piece = held + more
+            held = piece[len(before_divider(piece)) :] if divides else ""
+            yield piece[: len(piece) - len(held)]
+    yield held
 
 
 def before_divider(text: str) -> str:

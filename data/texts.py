@@ -6,10 +6,9 @@ Read before: data/dataset.py and the sampler. Read next: train.py.
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
 from data.dataset import open_dataset
-from data.sampler import WindowSampler, check_length, validation_windows
+from data.sampler import Turns, begin, check_length, validation_windows
+from options import split_list
 
 
 class Texts:
@@ -65,31 +64,3 @@ class Texts:
         bits = sum(dataset.bits_per_byte(losses[name]) for name, dataset in self.trained.items()) / len(self.trained)
         each = {f"val_loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         return dict(val_loss=mean, val_bpb=bits) | each
-
-
-class Turns:
-    """Windows taken from several texts in turn, each begun by the model's start of text, if it has one.
-
-    Window number i of a run is number i // n of text i % n. `batch` as of `WindowSampler`, a pure function of its
-    arguments; of one text it is that text's.
-    """
-
-    def __init__(self, texts, window, seed, start=()):
-        self.samplers, self.start = [WindowSampler(tokens, window, seed) for tokens in texts], start
-
-    def batch(self, step, batch_size, *, rank=0, world_size=1, micro_step=0, grad_accum=1):
-        """(inputs, targets), each int64 (batch_size, window)."""
-        first, n = ((step * grad_accum + micro_step) * world_size + rank) * batch_size, len(self.samplers)
-        windows = [self.samplers[i % n].windows(np.array([i // n])) for i in range(first, first + batch_size)]
-        return begin([np.concatenate(side) for side in zip(*windows)], self.start)
-
-
-def begin(windows, start):
-    """Windows (inputs, targets) whose first inputs are the tokens of `start`, if there are any."""
-    windows[0][:, : len(start)] = list(start)
-    return windows
-
-
-def split_list(text):
-    """The parts of a text with commas between them."""
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -10,7 +10,7 @@ Four kinds behind one small interface (`Tokenizer`), each saved as one self-cont
 A run's folder, or any other that holds a tokenizer.json of these kinds, names that tokenizer as well.
 
 All of them treat text as text: "<|endoftext|>" inside a document is thirteen ordinary characters. The one special
-token, `end_of_text`, is put between documents by data/prepare.py and by nothing else. Half of a surrogate pair is
+token, `end_of_text`, is put after each document by data/prepare.py and by nothing else. Half of a surrogate pair is
 not text and has no UTF-8: it is replaced by U+FFFD before encoding, everything else comes back as it went in.
 
 Read next: data/dataset.py. `python data/tokenizer.py` trains a small vocabulary on this file and shows it.
@@ -24,6 +24,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from textwrap import shorten
 
 import regex  # comes with tiktoken; `re` lacks \p{L}
 import tiktoken
@@ -249,7 +250,8 @@ def get_tokenizer(spec: str) -> Tokenizer:
     if path.exists() or spec.startswith("hf:") and not is_hub_name(spec.removeprefix("hf:")):
         return load_tokenizer(path)
     if spec.startswith("hf:"):
-        return load_tokenizer(fetch_tokenizer(spec.removeprefix("hf:")), spec)
+        files = [TOKENIZER_FILE, "tokenizer_config.json", "config.json", "generation_config.json"]
+        return load_tokenizer(fetch_from_hub(spec.removeprefix("hf:"), files), spec)
     choices = f"byte, bpe, hf:FOLDER, hf:OWNER/NAME, a folder with a {TOKENIZER_FILE}, or one of {', '.join(names)}"
     raise ValueError(f"no tokenizer {spec!r}: choose {choices}")
 
@@ -259,19 +261,18 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.exists()
 
 
-def fetch_tokenizer(name: str) -> Path:
-    """The local folder with the tokenizer of OWNER/NAME on the hub. Raises ValueError without the package, OSError if
-    it cannot be had."""
+def fetch_from_hub(name: str, patterns: list[str]) -> Path:
+    """The local folder with those files of OWNER/NAME on the hub. Raises FileNotFoundError, in one line."""
     try:
         from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except ImportError:
-        raise ValueError(f"hf:{name} is no folder here; to fetch it: pip install huggingface_hub") from None
-    files = [TOKENIZER_FILE, "tokenizer_config.json", "config.json", "generation_config.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception:  # no network, no such name, no permission: its errors have no common class
-        why = "no folder here, and it could not be fetched from huggingface.co: check the name and the network"
-        raise OSError(f"hf:{name} is {why}") from None
+        why = "to look for it on the hub: pip install huggingface_hub"
+    except Exception as error:  # its errors have no common class
+        advice = "without a network, download it elsewhere and give its folder"
+        why = f"the hub did not give it ({shorten(str(error), 160)}); {advice}"
+    raise FileNotFoundError(f"{name} is not on this disk; {why}")
 
 
 def load_tokenizer(path, name: str | None = None) -> Tokenizer:

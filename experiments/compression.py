@@ -23,14 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, ROOT, Rows, finish_axes, mean_and_std, number, program, table
-from options import choose_dtype, fail, option, parse_options, run_program, save_picture
+from options import choose_dtype, fail, option, parse_options, run_program, save_picture, split_list
 
 import torch
 
 from attention import one_hot_composition
 from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
-from data.texts import Turns
+from data.sampler import Turns
 from data.sampler import validation_windows
 from huggingface import from_pretrained
 from model import KVCache
@@ -68,7 +68,7 @@ def run(script, *how):
 
 def our_checkpoints(o):
     rows = Rows(RESULTS / "compression.json")
-    folders = [Path(folder) for folder in o.checkpoints.split(",")]
+    folders = [Path(folder) for folder in split_list(o.checkpoints)]
 
     def compressed(folder, name):
         options, heals = OURS[name]
@@ -171,7 +171,7 @@ def pretrained(o):
     torch.set_num_threads(o.threads)
     rows, T = Rows(RESULTS / f"compression-{Path(o.pretrained).name}.json"), o.block_size
     device, dtype = torch.device("cpu"), choose_dtype("auto", torch.device("cpu"))
-    folders = o.calibration_data.split(",")
+    folders = split_list(o.calibration_data)
     texts = {folder: open_dataset(folder) for folder in (*folders, o.data_dir)}
     windows = {folder: validation_windows(text.val, T, o.eval_windows) for folder, text in texts.items()}
     load = functools.cache(lambda: from_pretrained(o.pretrained))
@@ -225,7 +225,7 @@ def pretrained(o):
     rows.fill("original", lambda: losses(load()))
     for ratio, method, seed in planned(o.seeds):
         rows.fill(f"{ratio:.3f} | {method} | {seed}", lambda: compressed(ratio, method, seed))
-    for method in filter(None, o.decode.split(",")):
+    for method in split_list(o.decode):
         rows.fill(f"decoding | {method}", lambda: decoded(method))
     rows.write_table("compression.py", peers_table(rows, o))
     seen = [Path(folder).name for folder in folders]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, Rows, finish_axes, table
-from options import fail, option, parse_options, read_json, replace_file, run_program, save_picture
+from options import fail, option, parse_options, read_json, replace_file, run_program, save_picture, split_list
 
 import numpy as np
 import torch
@@ -221,12 +221,12 @@ class Options:
 def main(argv=None):
     o, _ = parse_options(Options, argv)
     try:
-        o.engines, o.contexts = o.engines.split(","), [int(context) for context in o.contexts.split(",")]
+        o.engines, o.contexts = split_list(o.engines), [int(context) for context in split_list(o.contexts)]
         if unknown := set(o.engines) - ENGINES.keys():
             raise ValueError(f"engines must be some of {', '.join(ENGINES)}, not {', '.join(unknown)}")
         if not o.folders:
             raise ValueError("give --folders, Hugging Face folders with commas between them")
-        folders = o.folders.split(",")
+        folders = split_list(o.folders)
         o.vocabulary = min(read_json(Path(folder) / "config.json")["vocab_size"] for folder in folders)
         torch.set_num_threads(o.threads)
         rows = measure(o, folders)

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Not the folder of this file, which Python puts first: the harness imports another `evaluate`, Hugging Face's.
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "experiments")]
 
-from options import choose_device, fail, option, parse_options, run_program, write_atomically  # before torch
+from options import choose_device, fail, option, parse_options, run_program  # before torch
+from options import split_list, write_atomically
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -232,7 +233,7 @@ class Options:
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    paths, out, results = o.checkpoints.split(","), Path(o.out), {}
+    paths, out, results = split_list(o.checkpoints), Path(o.out), {}
     if TemplateLM is object:
         fail("evaluating on tasks needs lm-eval: pip install lm-eval")
     if o.include_path and not Path(o.include_path).is_dir():
@@ -247,7 +248,7 @@ def main(argv=None):
         device = choose_device(o.device)
         for path in paths:  # all of them before any work, and one in memory at a time
             open_model(path, device)
-        tasks = load_tasks(o.tasks.split(","), o.include_path or None)
+        tasks = load_tasks(split_list(o.tasks), o.include_path or None)
         for path in paths:
             print(path, file=sys.stderr)
             results[path] = run_tasks(Harness(*open_model(path, device), o.batch_size), tasks, o.limit, o.num_fewshot)

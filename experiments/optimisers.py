@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, ROOT, command, mean_and_std, number, table, write_results
-from options import option, parse_options, run_program
+from options import option, parse_options, run_program, split_list
 
 import torch
 
@@ -81,7 +81,7 @@ def main(argv=None):
     o, given = parse_options(Options, argv, train.PRESETS)
     optimisers = dict(adamw=train.make_optimizer, muon=shown_optimizer())
     times = {name: update_ms(make) for name, make in optimisers.items()}
-    named = [(name, float(rate)) for name, rate in (run.split("@") for run in o.runs.split(","))]
+    named = [(name, float(rate)) for name, rate in (run.split("@") for run in split_list(o.runs))]
     runs = {
         (*each, seed): ROOT / o.out_dir / f"{each[0]}-lr{each[1]:g}-seed{seed}"
         for seed in range(o.seeds)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, ROOT, Rows, in_turns, mean_and_std, number, program, ratio_cell
-from experiments.report import ratio_quartiles, read_metrics, table
-from options import fail, option, parse_options, run_program, save_picture
+from experiments.report import ratio_quartiles, read_metrics, sign_flip_p, table
+from options import fail, option, parse_options, run_program, save_picture, split_list
 
 import torch
 
@@ -69,7 +69,7 @@ def equal_steps(rows, variant):
 
 def planned(o, rows, stage):
     """The runs (variant, rate, seed, steps, text) of a stage, as far as they follow from the rows."""
-    names = o.variants.split(",")
+    names = split_list(o.variants)
     if stage == "rates":
         return [(name, rate, seed, STEPS, "") for seed in range(3) for name in names for rate in RATES]
     best = {name: best_rate(rows, name) for name in names}
@@ -98,7 +98,7 @@ def train_one(o, variant, rate, seed, steps, text):
         with open(log, "a") as file:
             command = program("experiments/family.py", *how, "--out_dir", folder)
             subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        if last().get("step") != steps and "stopped before the update" not in log.read_text()[-1000:]:
+        if last().get("step") != steps and not sweep.diverged(folder):
             raise ValueError(f"{name} did not end: see {log}")
     return dict(loss=last().get("val_loss"), tokens=last().get("tokens", 0))
 
@@ -139,15 +139,18 @@ def run_stage(o, rows, stage):
         with lock:
             rows.fill(key(*run), lambda: row)
 
-    with ThreadPoolExecutor(o.jobs) as workers:
+    workers = ThreadPoolExecutor(o.jobs)
+    try:
         for done in [workers.submit(make, run) for run in missing]:
             done.result()
+    finally:
+        workers.shutdown(cancel_futures=True)  # what has begun ends, nothing else begins
 
 
 def ranking(o, rows):
     """[dict of what the table says] of the variants whose best rate is known, the lowest loss first."""
     found = []
-    for variant in o.variants.split(","):
+    for variant in split_list(o.variants):
         if not (rate := best_rate(rows, variant)):
             continue
         ends, about = losses(rows, variant, rate, range(9)), rows.get(f"time | {variant}", {})
@@ -162,7 +165,7 @@ def ranking(o, rows):
             paired = [loss - base[name][seed] for seed, loss in row[name].items() if seed in base[name]]
             paired = [] if row is base else paired
             row[f"{name}_minus_mha"] = mean_and_std(paired)
-            row[f"{name}_p"] = sweep.sign_flip_p(paired) if len(paired) > 1 else None
+            row[f"{name}_p"] = sign_flip_p(paired) if len(paired) > 1 else None
     return sorted(found, key=lambda row: row["mean"][0])
 
 
@@ -224,13 +227,13 @@ def main(argv=None):
     o, _ = parse_options(Options, argv)
     rows = Rows(RESULTS / "ranking.json")
     try:
-        if unknown := set(o.stages.split(",")) - {*STAGES}:
+        if unknown := set(split_list(o.stages)) - {*STAGES}:
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, not {', '.join(unknown)}")
-        for variant in o.variants.split(","):
+        for variant in split_list(o.variants):
             sweep.variant_options(variant)
-        for stage in o.stages.split(","):
+        for stage in split_list(o.stages):
             if stage == "time":
-                missing = [name for name in o.variants.split(",") if f"time | {name}" not in rows]
+                missing = [name for name in split_list(o.variants) if f"time | {name}" not in rows]
                 for name, row in (time_steps(missing) if missing else {}).items():
                     rows.fill(f"time | {name}", lambda: row)
             else:

@@ -4,12 +4,14 @@ import options  # noqa: F401 (before torch)
 
 import contextlib
 import json
+import math
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from options import shown_command, write_atomically
@@ -88,9 +90,23 @@ def timed(function, device="cpu"):
 
 
 def mean_and_std(values):
-    """Mean (None of nothing) and standard deviation (None of fewer than two)."""
+    """Mean (None of nothing) and standard deviation (None of fewer than two, or of a run that diverged)."""
     values = [*values]
-    return statistics.mean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.mean(values) if values else None, statistics.stdev(values) if known else None
+
+
+def sign_flip_p(differences):
+    """Two-sided p-value of the mean of paired differences: the exact sign-flip test.
+
+    If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n
+    choices of signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n: three
+    seeds cannot show anything at the 5 % level, six can.
+    """
+    sums = np.array([abs(differences[0])])  # flipping all signs changes nothing, so the first may be fixed
+    for difference in differences[1:]:
+        sums = np.concatenate([sums + difference, sums - difference])
+    return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
 def number(value, form, std=None):

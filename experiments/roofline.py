@@ -23,7 +23,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import in_turns, print_table, ratio_cell, ratio_quartiles, timed
-from options import fail, option, parse_options, run_program
+from options import fail, option, parse_options, run_program, split_list
 
 import torch
 import torch.nn.functional as F
@@ -364,7 +364,7 @@ class Options:
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    targets = o.targets.split(",") if o.targets else []
+    targets = split_list(o.targets)
     if unknown := [target for target in targets if target not in TARGETS]:
         fail(f"unknown target {', '.join(unknown)}: known are {', '.join(TARGETS)}")
     if targets and (triton is None or kernels.INTERPRETED):

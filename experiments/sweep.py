@@ -35,8 +35,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import RESULTS, ROOT, command, finish_axes, program, read_metrics, write_results
-from experiments.report import mean_and_std, number, table
-from options import fail, option, parse_options, run_program, save_picture, shown_command
+from experiments.report import mean_and_std, number, sign_flip_p, table
+from options import fail, option, parse_options, run_program, save_picture, shown_command, split_list
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ from runs import CHANGEABLE
 
 @dataclass
 class Options(train.Options):  # those go to every run
-    variants: str = option("mha,mha+norm,mea-norm,mea,dfa,tha", "with commas between them; these the paper compares")
+    variants: str = option("mha,mha+norm,mea-norm,mea,dfa,tha", "with commas between them; default: the paper's")
     sizes: str = option("", "presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
     learning_rates: str = option("", "e.g. 1e-3,3e-3: every variant at each of them")
     choose_rates: bool = option(False, "runs with --schedule constant; from them a rate for each variant")
@@ -162,7 +162,8 @@ def check_run(folder, options):
     o, _ = parse_options(train.Options, options, train.PRESETS)
     wanted, saved = vars(o) | asdict(build_config(o)), read_config(folder, "options")
     wanted["window"] = o.window or wanted["block_size"]
-    for name in sorted(saved.keys() & wanted.keys() - (CHANGEABLE - {"max_steps"}) - {"vocab_size"}):
+    free = CHANGEABLE - {"max_steps", "data_dir", "eval_data", "teacher"} | {"vocab_size"}
+    for name in sorted(saved.keys() & wanted.keys() - free):
         if saved[name] != wanted[name]:
             other = f"a run with {name} {saved[name]}, not {wanted[name]}"
             raise ValueError(f"{folder} holds {other}: give another --out_dir, or remove it")
@@ -230,19 +231,6 @@ def compositions(folder):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of losses
-
-
-def sign_flip_p(differences):
-    """Two-sided p-value of the mean of paired differences: the exact sign-flip test.
-
-    If the two sides were the same, each difference could as well have had the other sign: p is the share of the 2^n
-    choices of signs whose mean is at least as far from 0. No distribution is assumed. p cannot be below 2 / 2^n: three
-    seeds cannot show anything at the 5 % level, six can.
-    """
-    sums = np.array([abs(differences[0])])  # flipping all signs changes nothing, so the first may be fixed
-    for difference in differences[1:]:
-        sums = np.concatenate([sums + difference, sums - difference])
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) * (1 - 1e-9)))
 
 
 def loss_spikes(losses):
@@ -609,22 +597,22 @@ def draw_runs(root, results, outcomes, seeds):
 def plan(o, given):
     """([settings], {folder: options of train.py}, folder of the runs) of a command. Raises ValueError."""
     try:
-        rates = sorted({float(text) for text in o.learning_rates.split(",")}) if o.learning_rates else [None]
+        rates = sorted({float(text) for text in split_list(o.learning_rates)}) or [None]
     except ValueError:
         raise ValueError(f"learning_rates {o.learning_rates!r} are not numbers with commas between them") from None
     if o.choose_rates and (o.rates_from or len(rates) < 2):
         raise ValueError("choose_rates needs several --learning_rates to choose from, and no --rates_from")
     if o.rates_from and o.learning_rates:
         raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
-    sizes = o.sizes.split(",") if o.sizes else [None]
-    settings = [Setting(name, rate, size) for size in sizes for name in o.variants.split(",") for rate in rates]
+    sizes = split_list(o.sizes) or [None]
+    settings = [Setting(name, rate, size) for size in sizes for name in split_list(o.variants) for rate in rates]
     if o.rates_from:
         own = read_rates(ROOT / o.rates_from)
         settings = [replace(s, learning_rate=own.get((s.size, s.variant))) for s in settings]
         if missing := [s.name for s in settings if not s.learning_rate]:
             how = "leave it out, or choose again from smaller rates"
             raise ValueError(f"{o.rates_from} has no stable rate for {', '.join(missing)}: {how}")
-    rest, ours = passed_on(o, given), {"head_norm", "resume", "overwrite"}
+    rest, ours = passed_on(o, given), {"head_norm", "resume", "overwrite", "teacher"}  # a KL is no loss to compare
     ours |= {word[2:] for s in settings for word in s.options(0) if word.startswith("--")}
     if o.choose_rates:
         rest, ours = [*rest, "--schedule=constant"], ours | {"schedule"}

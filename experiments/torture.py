@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.report import ROOT, command, machine, read_metrics, table
-from options import fail, option, parse_options, run_program
+from options import fail, option, parse_options, run_program, split_list
 
 import torch
 
@@ -267,7 +267,7 @@ class Options:
 
 def main(argv=None):
     o, _ = parse_options(Options, argv)
-    chosen = o.faults.split(",")
+    chosen = split_list(o.faults)
     if unknown := sorted(set(chosen) - set(FAULTS)):
         fail(f"no fault {', '.join(unknown)}: choose from {', '.join(FAULTS)}")
     if o.steps < 2 * o.kills:

@@ -31,7 +31,7 @@ import data.tokenizer as tokenizer_module
 import options
 from data.dataset import Shards, open_dataset
 from data.prepare import main, prepare
-from data.sampler import WindowSampler, permute, validation_windows
+from data.sampler import Turns, WindowSampler, permute, validation_windows
 from data.sources import python_corpus
 from data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
@@ -125,7 +125,7 @@ def test_permutation_is_a_bijection_for_every_key(n):
 
 
 def test_targets_are_the_next_tokens():
-    sampler = WindowSampler(np.arange(1000, dtype=np.uint16), 9, seed=1)
+    sampler = Turns([np.arange(1000, dtype=np.uint16)], 9, seed=1)
     for step in range(100):
         inputs, targets = sampler.batch(step, 5)
         assert inputs.shape == targets.shape == (5, 9) and inputs.dtype == targets.dtype == np.int64
@@ -135,18 +135,18 @@ def test_targets_are_the_next_tokens():
 
 def test_a_step_does_not_depend_on_what_was_asked_before():
     tokens = np.arange(5000)
-    run = WindowSampler(tokens, 16, seed=7)
+    run = Turns([tokens], 16, seed=7)
     undisturbed = [run.batch(step, 6) for step in range(120)]  # more than two epochs
     for step in random.Random(0).sample(range(120), 40):
-        resumed = WindowSampler(tokens, 16, seed=7).batch(step, 6)
+        resumed = Turns([tokens], 16, seed=7).batch(step, 6)
         assert (resumed[0] == undisturbed[step][0]).all() and (resumed[1] == undisturbed[step][1]).all()
-    other = WindowSampler(tokens, 16, seed=8)
+    other = Turns([tokens], 16, seed=8)
     assert any((other.batch(step, 6)[0] != undisturbed[step][0]).any() for step in range(3))
 
 
 @pytest.mark.parametrize("world_size, grad_accum", [(2, 1), (1, 3), (2, 3), (4, 2)])
 def test_ranks_and_micro_steps_see_what_one_large_batch_sees(world_size, grad_accum):
-    sampler, batch = WindowSampler(np.arange(3000), 11, seed=2), 3
+    sampler, batch = Turns([np.arange(3000)], 11, seed=2), 3
     for step in range(60):
         whole, parts = sampler.batch(step, world_size * grad_accum * batch), []
         for micro_step, rank in np.ndindex(grad_accum, world_size):
@@ -159,7 +159,7 @@ def test_ranks_and_micro_steps_see_what_one_large_batch_sees(world_size, grad_ac
 def test_sampling_needs_no_memory_that_grows_with_the_data():
     tokens = np.broadcast_to(np.uint16(7), (10**13,))  # twenty terabytes, by a stride of zero
     tracemalloc.start()
-    sampler = WindowSampler(tokens, 1024)
+    sampler = Turns([tokens], 1024)
     inputs, _ = sampler.batch(10**6, 8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -341,7 +341,7 @@ def test_nothing_is_skipped_silently(prepare_files, tmp_path, capsys):
     (tmp_path / "source" / "loop").symlink_to(".")
     dataset = prepare_files(files | {".git/config.txt": "hidden"})
     (line,) = dataset.meta["notes"]
-    assert line == "skipped files: 1 .gz, 8 .png, 2 empty or not in UTF-8, 1 without suffix"
+    assert line == "skipped files: 1 .gz, 8 .png, 2 empty or not text, 1 without suffix"
     assert line in capsys.readouterr().out
     assert text_of(dataset).count("text that is read") == 160 and text_of(dataset).count("print") == 1
 
@@ -514,7 +514,7 @@ def test_a_file_larger_than_memory_streams(tmp_path, monkeypatch, name, unit):
     tracemalloc.start()
     try:
         corpus = sources.local_corpus(tmp_path / name, 0.05, 0)
-        prepare_module.write_tokens(corpus, train_bpe(prepare_module.sample(corpus), 300), tmp_path)
+        prepare_module.write_tokens(corpus, train_bpe(prepare_module.tokenizer_text(corpus), 300), tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 3 << 20
     finally:
         tracemalloc.stop()
@@ -525,7 +525,7 @@ def test_the_tokenizer_learns_from_a_sample_of_the_training_side_spread_over_all
     monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 1000)
     count = 100_000 // length
     texts = lambda: (("val" if i % 10 == 9 else "train", f"{i:0{length}}", True) for i in range(count))
-    sample = [int(text) for text in prepare_module.sample(sources.Corpus(texts, 100_000))]
+    sample = [int(text) for text in prepare_module.tokenizer_text(sources.Corpus(texts, 100_000))]
     assert 800 <= len(sample) * length <= 1000 + length and all(i % 10 < 9 for i in sample)
     assert length > 10 or sample[0] < 200 and sample[-1] > 9800 and max(np.diff(sample)) < 200
 
@@ -780,10 +780,10 @@ def test_folders_that_are_in_the_way_are_refused_and_untouched(prepared, tmp_pat
         (
             "picture.png",
             bytes(9),
-            "no text in .txt, .md, .rst, .py, .jsonl, .parquet files there (1 empty or not in UTF-8)",
+            "no text in .txt, .md, .rst, .py, .jsonl, .parquet files there (1 empty or not text)",
         ),
-        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "1 empty or not in UTF-8"),
-        ("d.md", b"", "1 empty or not in UTF-8"),
+        ("d.txt", "a text without a mark\n".encode("utf-16-le") * 50, "1 empty or not text"),
+        ("d.md", b"", "1 empty or not text"),
         ("records.jsonl", b'{"text": ""}\n', "no text for train.bin: use more text"),
         ("short.jsonl", b'{"text": "one record"}\n', "no text for val.bin: use more text, another --val_fraction"),
     ],
@@ -842,7 +842,7 @@ def test_several_shards_are_one_stream(prepare_files, tmp_path, cuts, kind):
     dataset = open_dataset(tmp_path / "out", verify=True)
     assert len(dataset.train) == 4000 and (dataset.train[:] == IDS[:4000]).all()
     for block in (1, 7, 64, 3999):
-        ours, theirs = (WindowSampler(tokens, block, seed=3) for tokens in (dataset.train, IDS[:4000]))
+        ours, theirs = (Turns([tokens], block, seed=3) for tokens in (dataset.train, IDS[:4000]))
         for step in range(20):
             for one, other in zip(ours.batch(step, 4), theirs.batch(step, 4)):
                 assert one.dtype == other.dtype and (one == other).all()

@@ -47,7 +47,7 @@ def test_the_smoothed_curve_leaves_the_warm_up_out():
 def test_the_p_value_counts_signs_by_hand():
     counted = {(0.3,): 1, (1, 2, 3): 2 / 8, (-1, -2, -3): 2 / 8, (1, -1): 1, (3, -1): 1, (0, 0, 0): 1}
     counted |= {(1, 1, 1, 1, -1): 12 / 32, (0.1,) * 6: 2 / 64}
-    assert {differences: sweep.sign_flip_p(differences) for differences in counted} == counted
+    assert {differences: report.sign_flip_p(differences) for differences in counted} == counted
 
 
 def test_spikes_are_counted_and_noise_and_progress_are_not():
@@ -281,6 +281,8 @@ def test_a_sweep_of_two_variants_runs_draws_and_is_not_run_again(tmp_path, data,
     assert not pictures or pictures == {f"{name}.png" for name in drawn}  # where matplotlib is installed
     said = refused(capsys, sweep.main, *options, "--batch_size 3")  # another run under the same name is not this one
     assert "holds a run with batch_size 8, not 3" in said
+    assert "holds a run with data_dir" in refused(capsys, sweep.main, *options, "--data_dir", tmp_path)
+    assert "teacher is what this sweep sets" in refused(capsys, sweep.main, *options, "--teacher out/mha")
 
 
 def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_heads(tmp_path, monkeypatch):
@@ -518,5 +520,18 @@ def test_the_ranking_goes_on_from_its_rows_and_compares_by_seed(tmp_path, monkey
     count = len(made)
     ranking.main(["--variants", "mha,mea-norm", "--long_data", "more"])
     assert len(made) == count  # nothing is run again
+    rows = json.loads((tmp_path / "ranking.json").read_text())
+    rows["mha | 0.025 | 0 | 600"]["loss"] = None  # a run that diverged
+    (tmp_path / "ranking.json").write_text(json.dumps(rows))
+    ranking.main(["--variants", "mha,mea-norm", "--long_data", "more"])
+    assert "| mha | 5.1000 ± 0.1000 | 4.1000 ± 0.1000 | inf |" in capsys.readouterr().out
+
+    def fails(o, variant, *rest):
+        made.append(variant)
+        raise ValueError("it did not end")
+
+    monkeypatch.setattr(ranking, "train_one", fails)
+    assert "it did not end" in refused(capsys, ranking.main, "--variants mha@2,tha --stages rates")
+    assert len(made) < count + 3  # the rest is not begun
     assert "stages must be some of" in refused(capsys, ranking.main, "--stages speed")
     assert "no variant" in refused(capsys, ranking.main, "--variants mhaa")

@@ -19,8 +19,27 @@ import train
 from experiments import torture
 from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
+from options import new_folder
 
-# --- Checkpoints and their checksums
+# --- Folders and checkpoints are replaced whole, or stay
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old.txt").write_text("old")
+    rename, calls = os.rename, []
+
+    def fails_at_the_second(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", fails_at_the_second)
+    with pytest.raises(OSError, match="No space left on device.*what was there before stays"):
+        with new_folder(tmp_path / "made", overwrite=True) as new:
+            (new / "new.txt").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "old.txt"]
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ def test_a_name_on_the_hub_is_fetched_or_one_line_says_what_to_do(llama, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(llama))
     assert torch.equal(load_checkpoint("owner/name")[0](tokens(1, 9))[0], from_pretrained(llama)(tokens(1, 9))[0])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: 1 / 0)  # as without a network
-    with pytest.raises(FileNotFoundError, match="owner/name on this disk.*download the folder elsewhere"):
+    with pytest.raises(FileNotFoundError, match="owner/name is not on this disk.*download it elsewhere"):
         load_checkpoint("owner/name")
 
 

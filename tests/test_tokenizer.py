@@ -212,13 +212,13 @@ def test_a_name_on_the_hub_is_fetched_unless_there_is_a_folder(hf_folder, tmp_pa
 
 def test_a_name_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     hub(monkeypatch, None)
-    with pytest.raises(OSError, match="^hf:org/model is no folder here, and it could not be fetched.*network$"):
+    with pytest.raises(FileNotFoundError, match="^org/model is not on this disk; the hub did not give it .*network"):
         get_tokenizer("hf:org/model")
     hub(monkeypatch, tmp_path)  # a model without a tokenizer.json
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         get_tokenizer("hf:org/model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="^hf:org/model is no folder here.*pip install huggingface_hub$"):
+    with pytest.raises(FileNotFoundError, match="^org/model is not on this disk;.*pip install huggingface_hub$"):
         get_tokenizer("hf:org/model")
 
 

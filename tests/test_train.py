@@ -29,8 +29,7 @@ import sample
 import train
 from data.dataset import open_dataset
 from data.prepare import prepare
-from data.sampler import WindowSampler, validation_windows
-from data.texts import Turns
+from data.sampler import Turns, validation_windows
 from checkpoint import load_checkpoint, save_checkpoint
 from experiments import torture
 from experiments.family import FAMILY
@@ -359,6 +358,13 @@ def test_a_healing_run_that_is_cut_goes_on_bit_for_bit(tmp_path, several, monkey
     assert load_checkpoint(tmp_path / "whole")[0].config.block_size == 64  # the model's, whatever the window
 
 
+def test_a_run_that_is_given_more_to_measure_still_draws_its_losses(tmp_path, several, data, capsys):
+    run("--max_steps 2 --eval_every 2 --out_dir", tmp_path / "run", data=data)
+    train.main(arguments("--resume --max_steps 4 --eval_data", several[1], "--out_dir", tmp_path / "run"))
+    assert "val_loss/seen" in metrics(tmp_path / "run")[-1]
+    assert not importlib.util.find_spec("matplotlib") or "no loss.png" not in capsys.readouterr().out
+
+
 def test_a_resumed_run_wants_its_own_teacher(tmp_path, several, data, capsys):
     heal(several, tmp_path / "r", "--max_steps 2")
     shutil.copytree(several[2], tmp_path / "moved")
@@ -427,7 +433,7 @@ def test_data_sets_of_different_tokenizers_are_refused_in_one_line(tmp_path, dat
 
 def test_windows_are_spread_evenly_over_several_texts():
     texts = [np.arange(start, start + 200, dtype=np.uint16) for start in (0, 1000, 2000)]
-    alone = [WindowSampler(text, 16, 5).batch(0, 4) for text in texts]
+    alone = [Turns([text], 16, 5).batch(0, 4) for text in texts]
     x, y = Turns(texts, 16, 5, start=(7,)).batch(0, 9)
     assert (x[:, 1:] // 1000 == np.arange(9)[:, None] % 3).all() and (x[:, 0] == 7).all()
     for text, (inputs, targets) in enumerate(alone):
