@@ -1,6 +1,4 @@
-"""Each attention of experiments/family.py is its formula, written once more as loops. The generic tests run on all of
-them, too: tests/conftest.py imports the file, which registers them.
-"""
+"""Each attention of experiments/family.py is its formula, written once more as loops; generic tests run on it, too."""
 
 import pytest
 import test_attention as generic
@@ -12,7 +10,6 @@ from test_train import TINY
 import runs
 from checkpoint import load_checkpoint
 from experiments import family, sweep
-from model import GPTConfig
 
 future = torch.ones(T, T, dtype=torch.bool).triu(1)
 group = lambda layer, h: h * layer.n_k // H  # the key/value head that head h reads
@@ -128,16 +125,11 @@ def test_keys_and_values_are_composed_in_front_of_an_attention(n_kv_head):
     generic.assert_same(layer(inputs(), rope(0, T)), plain(inputs(), rope(0, T)))
 
 
-@pytest.mark.parametrize("attention,fields", [("knocking", {}), ("mta", dict(head_norm=False)), ("collaborative", {})])
-def test_what_starts_as_multi_head_attention(attention, fields):
-    layer, mha = make(attention, scramble=False, **fields), make("mha")
-    generic.copy_shared(layer, mha)
-    generic.assert_same(layer(inputs(), rope(0, T)), mha(inputs(), rope(0, T)))
-
-
-def test_interleaved_heads_that_are_alone_start_as_multi_head_attention(monkeypatch):
+@pytest.mark.parametrize("attention", ["knocking", "mta", "collaborative", "iha"])
+def test_what_starts_as_multi_head_attention(attention, monkeypatch):
+    """Without head norms; interleaved heads if they are alone."""
     monkeypatch.setattr(family.Interleaved, "P", 1)
-    layer, mha = make("iha", scramble=False), make("mha")
+    layer, mha = make(attention, scramble=False, head_norm=False), make("mha")
     generic.copy_shared(layer, mha)
     generic.assert_same(layer(inputs(), rope(0, T)), mha(inputs(), rope(0, T)))
 
@@ -155,11 +147,6 @@ def test_dcmha_starts_near_multi_head_attention_and_without_maps_of_its_tokens_i
         torch.nn.init.normal_(mix)
     generic.copy_shared(layer, tha)
     generic.assert_same(layer(x, rope(0, T)), tha(x, rope(0, T)))
-
-
-def test_heads_that_make_no_groups_are_refused():
-    with pytest.raises(ValueError, match="n_head 3 must be divisible"):
-        GPTConfig(vocab_size=11, n_head=3, n_embd=24, attention="mta")
 
 
 def test_the_program_trains_resumes_and_samples(tmp_path, data, capsys, monkeypatch):
@@ -180,7 +167,5 @@ def test_the_program_trains_resumes_and_samples(tmp_path, data, capsys, monkeypa
 def test_a_sweep_starts_the_program_that_knows_the_variant(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **_: command[1])
     programs = [sweep.start(tmp_path / name, sweep.variant_options(name)) for name in ("mea", "dcmha+norm", "mta@2")]
-    assert [program.removeprefix(f"{sweep.ROOT}/") for program in programs] == [
-        "train.py",
-        *["experiments/family.py"] * 2,
-    ]
+    started = [program.removeprefix(f"{sweep.ROOT}/") for program in programs]
+    assert started == ["train.py", *["experiments/family.py"] * 2]
