@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import SPELLED, mistakes, refused, save_sentencepiece
 
 import options  # noqa: F401 (before torch)
 
@@ -27,17 +28,8 @@ def streamed(tokenizer, tokens, prompt=()):
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
     """A tokenizer that spells what it does not know byte by byte, and a space by what stands before."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581un", "\u2581noir"]
-    models, decoders = tokenizers.models, tokenizers.decoders
-    inner = tokenizers.Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, ignore_merges=True)
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    inner.decoder = decoders.Sequence(steps)
     folder = tmp_path_factory.mktemp("sentencepiece")
-    inner.save(str(folder / "tokenizer.json"))
+    save_sentencepiece(folder, SPELLED)
     return get_tokenizer(f"hf:{folder}")
 
 
@@ -90,45 +82,29 @@ def test_a_prompt_in_a_file_may_begin_with_a_byte_order_mark(tmp_path, monkeypat
     assert sample.read_prompt(sample.Options(prompt_file=file)) == "def caf\u00e9"
 
 
-MISTAKES = """
---prompt a --prompt_file b => prompt and prompt_file are both given
+@mistakes("""
+--prompt a --prompt_file b => prompt and prompt_file are both given: leave one out
+--checkpoint nowhere => no checkpoint at nowhere
 --threads 4294967296 => threads must be at least 0 and at most 1024
 --temperature 1e30 => temperature must be below 2**63 in size, not 1e+30
 --temperature inf => temperature must be a finite number
 --temperature -1 => temperature must be at least 0, not -1.0
 --seed 99999999999999999999 => seed must be below 2**63 in size
---prompt_file nowhere => nowhere
-"""
+--prompt_file nowhere => No such file or directory: 'nowhere'
+""")
+def test_bad_input_is_one_line(given, why, trained, capsys):
+    assert why in refused(capsys, sample.main, "--checkpoint", trained, given)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
-def test_bad_input_is_one_line(mistake, trained, capsys):
-    given, why = mistake.split(" => ")
-    with pytest.raises(SystemExit) as end:
-        sample.main(["--checkpoint", str(trained), *given.split()])
-    out, error = capsys.readouterr()
-    assert end.value.code == 2 and not out and error.startswith("error: ") and why in error and error.count("\n") == 1
+CLOSED = [("<&-", "--prompt_file -", 2, "error: prompt_file is - and standard input is closed\n")]
+CLOSED += [("<&-", "", 0, "tokens/s"), (">&-", "", 0, "tokens/s"), ("<&- >&- 2>&-", "", 0, "")]
+if Path("/dev/full").exists():  # Linux
+    CLOSED += [(">/dev/full", "", 2, "error: standard output: [Errno 28] No space left on device\n")]
 
 
-@pytest.mark.parametrize(
-    "closed, more, code, why",
-    [
-        ("<&-", "--prompt_file -", 2, "error: prompt_file is - and standard input is closed\n"),
-        ("<&-", "", 0, "tokens/s"),
-        (">&-", "", 0, "tokens/s"),
-        ("<&- >&- 2>&-", "", 0, ""),
-        pytest.param(
-            ">/dev/full",
-            "",
-            2,
-            "error: standard output: [Errno 28] No space left on device\n",
-            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("closed, more, code, why", CLOSED)
 def test_closed_streams_are_no_error(trained, closed, more, code, why):
-    how = "--device cpu --threads 1 --max_new_tokens 3 --prompt key"
-    how = how.replace("--prompt key", "") if more else how
-    command = f'"{sys.executable}" "{PROGRAM}" --checkpoint "{trained}" {how} {more} {closed}'
+    how = f"--device cpu --threads 1 --max_new_tokens 3 {more or '--prompt key'}"
+    command = f'"{sys.executable}" "{PROGRAM}" --checkpoint "{trained}" {how} {closed}'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.returncode == code and why in done.stderr and "Traceback" not in done.stderr
