@@ -1,6 +1,4 @@
-"""Several processes: what they train is what one process trains, their checkpoints are interchangeable, and none is
-left hanging.
-"""
+"""Several processes train what one trains, their checkpoints are interchangeable, and none is left hanging."""
 
 import os
 import signal
@@ -10,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import arguments, refused
+from helpers import arguments, mistakes, raises, refused
 from test_train import ROOT, metrics
 
 import options
@@ -114,24 +112,17 @@ def test_a_signal_that_comes_twice_saves_and_stops_once(tmp_path, data):
     assert load_checkpoint(tmp_path / "r")[1]["step"] < 400
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in FAMILY])  # it starts train.py
-def test_two_processes_train_every_variant_as_one_with_twice_the_micro_batches(tmp_path, data, attention, parallel):
-    shared = ["--data_dir", data, "--attention", attention, "--max_steps", 20]
-    alone(*shared, "--grad_accum", 4, "--out_dir", tmp_path / "one")
-    together(*shared, "--grad_accum", 2, "--parallel", parallel, "--out_dir", tmp_path / "two")
-    assert_same_losses(tmp_path / "one", tmp_path / "two")
+TRAINED = [(f"--attention {name} --max_steps 20", "", 1e-5) for name in ATTENTION if name not in FAMILY]
+TRAINED += [("--max_steps 5", extra, 1e-4) for extra in ("--activation_checkpointing", "--compile")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", ["--activation_checkpointing", "--compile"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_recompute_and_compile(tmp_path, data, parallel, extra):
-    shared = ["--data_dir", data, "--max_steps", 5]
-    alone(*shared, "--grad_accum", 4, "--out_dir", tmp_path / "one")
-    together(*shared, "--grad_accum", 2, "--parallel", parallel, extra, "--out_dir", tmp_path / "two")
-    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=1e-4)
+@pytest.mark.parametrize("how, extra, rel", TRAINED)  # train.py knows none of the family
+def test_two_processes_train_as_one_with_twice_the_micro_batches(tmp_path, data, how, extra, rel, parallel):
+    alone("--data_dir", data, how, "--grad_accum 4 --out_dir", tmp_path / "one")
+    together("--data_dir", data, how, extra, "--grad_accum 2 --parallel", parallel, "--out_dir", tmp_path / "two")
+    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=rel)
 
 
 @pytest.mark.slow
@@ -162,22 +153,18 @@ def test_losing_one_process_ends_the_run_soon_and_it_resumes_bit_for_bit(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how,message",
-    [
-        ("--learning_rate 1e18 --warmup_steps 0", "stopped before the update"),
-        ("--n_embd 30", "error: n_embd 30 is not divisible"),
-    ],
-)
-def test_two_processes_stop_with_one_message(tmp_path, data, how, message):
-    process = launch("--data_dir", data, how, "--out_dir", tmp_path / "r")
+@mistakes("""
+--learning_rate 1e18 --warmup_steps 0 => stopped before the update
+--n_embd 30 => error: n_embd 30 is not divisible
+""")
+def test_two_processes_stop_with_one_message(tmp_path, data, given, why):
+    process = launch("--data_dir", data, given, "--out_dir", tmp_path / "r")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and errors.count(message) == 1
+    assert process.returncode != 0 and errors.count(why) == 1
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path, data, capsys, monkeypatch):
     alone("--data_dir", data, "--grad_accum", 4, "--max_steps", 1, "--out_dir", tmp_path / "r")
-    capsys.readouterr()
     as_one_of = lambda n: [monkeypatch.setattr(module, "ranks", lambda: (0, n)) for module in (train, runs)]
     monkeypatch.setattr(train, "join_processes", lambda: as_one_of(3))
     monkeypatch.setattr(train, "barrier", lambda: None)
@@ -194,5 +181,4 @@ def test_each_process_takes_the_gpu_of_its_rank(monkeypatch):
     assert options.choose_device("cpu").type == "cpu"
     if torch.cuda.device_count() < 2:
         for name in ("cuda", "cuda:0"):
-            with pytest.raises(ValueError, match="'cuda:1' is not available"):
-                options.choose_device(name)
+            raises("'cuda:1' is not available", options.choose_device, name)
