@@ -1,6 +1,4 @@
-"""Kills, locks, damaged and hostile files: a run ends as if nothing had been, or one line says why not. Nothing in a
-file is executed.
-"""
+"""Kills, locks, damaged and hostile files: a run ends as if nothing had been, or one line says why not."""
 
 import contextlib
 import math
@@ -11,7 +9,7 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
-from helpers import arguments, refused
+from helpers import arguments, raises, refused
 from test_train import assert_same_run, metrics, run
 
 import sample
@@ -69,8 +67,7 @@ def test_flipped_bits_and_truncations_are_found_and_the_checkpoint_before_named(
     assert found > 50
     for length in [rng.randrange(len(whole)) for _ in range(30)] + [len(whole) - 1, 0]:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="damaged.*checkpoint.prev.pt"):
-            load_checkpoint(folder)
+        raises("damaged.*checkpoint.prev.pt", load_checkpoint, folder)
 
 
 def test_a_run_with_settings_that_went_goes_on_bit_for_bit(folder, tmp_path, capsys):
@@ -88,7 +85,6 @@ def test_a_run_with_settings_that_went_goes_on_bit_for_bit(folder, tmp_path, cap
     assert same_state(a, b) and metrics(folder)[-1]["val_loss"] == metrics(tmp_path / "new")[-1]["val_loss"]
     state["config"]["latent_rotated"] = True
     save_checkpoint(folder, state)
-    capsys.readouterr()
     assert "unexpected keyword argument 'latent_rotated'" in refused(capsys, sample.main, "--checkpoint", folder)
 
 
