@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import regex
 import tiktoken
+from helpers import SPELLED, raises, save_byte_level_bpe, save_sentencepiece
 
 from data import tokenizer as module
 from data.tokenizer import SPLIT, ByteTokenizer, get_tokenizer, load_tokenizer, train_bpe
@@ -34,19 +35,8 @@ def bpe():
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<s>", "<|endoftext|>"],
-        show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([CORPUS], trainer)
     folder = tmp_path_factory.mktemp("hf")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_byte_level_bpe(folder, [CORPUS], 500, ["<s>", "<|endoftext|>"])
     return folder
 
 
@@ -112,10 +102,8 @@ def corpora():
     rng = random.Random(1)
     yield [CORPUS[:6000]], 330
     for _ in range(60):
-        yield (
-            ["".join(rng.choices("ab\u00e9 ", (4, 2, 1, 1), k=rng.randrange(150))) for _ in range(3)],
-            rng.randrange(257, 320),
-        )
+        texts = ["".join(rng.choices("ab\u00e9 ", (4, 2, 1, 1), k=rng.randrange(150))) for _ in range(3)]
+        yield texts, rng.randrange(257, 320)
 
 
 @pytest.mark.parametrize("texts, vocab_size", list(corpora()))
@@ -158,8 +146,7 @@ def test_tiktoken_names_use_tiktokens_files(monkeypatch, tmp_path):
     assert tokenizer.decode([104, 1000, 105, 3000]) == "hi<|endoftext|>"
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).encode("<|endoftext|>") == list(b"<|endoftext|>")
-    with pytest.raises(ValueError, match="gpt2 has no tokenizer.json"):
-        tokenizer.to_hugging_face()
+    raises("gpt2 has no tokenizer.json", tokenizer.to_hugging_face)
 
 
 def test_tiktoken_without_a_network_is_one_clear_line(monkeypatch):
@@ -167,17 +154,13 @@ def test_tiktoken_without_a_network_is_one_clear_line(monkeypatch):
         raise ConnectionError("Max retries\nexceeded")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(OSError, match="(?s)gpt2.*Max retries.*TIKTOKEN_CACHE_DIR.*bpe"):
-        get_tokenizer("gpt2")
+    raises("(?s)gpt2.*Max retries.*TIKTOKEN_CACHE_DIR.*bpe", get_tokenizer, "gpt2")
 
 
 def test_unknown_names_and_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'gpt9'.*byte, bpe, hf:FOLDER, hf:OWNER/NAME"):
-        get_tokenizer("gpt9")
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
-        get_tokenizer(f"hf:{tmp_path}")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_tokenizer(tmp_path / "nothing.json")
+    raises("'gpt9'.*byte, bpe, hf:FOLDER, hf:OWNER/NAME", get_tokenizer, "gpt9")
+    raises("tokenizer.json does not exist", get_tokenizer, f"hf:{tmp_path}")
+    raises("does not exist", load_tokenizer, tmp_path / "nothing.json")
 
 
 def hub(monkeypatch, folder):
@@ -201,25 +184,20 @@ def test_a_name_on_the_hub_is_fetched_unless_there_is_a_folder(hf_folder, tmp_pa
     tokenizer = get_tokenizer("hf:org/some-model_1.5")
     assert tokenizer.name == "hf:org/some-model_1.5" and tokenizer.encode(CORPUS) and asked == ["org/some-model_1.5"]
     for typo in ("hf:nowhere", "hf:no/such/folder", "hf:./a/b", "hf:../b", "hf:/a/b", f"hf:{tmp_path / 'x'}"):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            get_tokenizer(typo)
+        raises("does not exist", get_tokenizer, typo)
     (tmp_path / "org").mkdir()  # a path on this disk, mistyped
-    with pytest.raises(FileNotFoundError, match="org/some-modle does not exist"):
-        get_tokenizer("hf:org/some-modle")
+    raises("org/some-modle does not exist", get_tokenizer, "hf:org/some-modle")
     shutil.copytree(hf_folder, tmp_path / "org" / "some-model_1.5")
     assert get_tokenizer("hf:org/some-model_1.5").name == "hf:some-model_1.5" and len(asked) == 1
 
 
 def test_a_name_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     hub(monkeypatch, None)
-    with pytest.raises(FileNotFoundError, match="^org/model is not on this disk; the hub did not give it .*network"):
-        get_tokenizer("hf:org/model")
+    raises("^org/model is not on this disk; the hub did not give it .*network", get_tokenizer, "hf:org/model")
     hub(monkeypatch, tmp_path)  # a model without a tokenizer.json
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
-        get_tokenizer("hf:org/model")
+    raises("tokenizer.json does not exist", get_tokenizer, "hf:org/model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match="^org/model is not on this disk;.*pip install huggingface_hub$"):
-        get_tokenizer("hf:org/model")
+    raises("^org/model is not on this disk;.*pip install huggingface_hub$", get_tokenizer, "hf:org/model")
 
 
 def test_hugging_face_end_of_text_is_the_one_of_its_config(hf_folder, tmp_path):
@@ -228,8 +206,7 @@ def test_hugging_face_end_of_text_is_the_one_of_its_config(hf_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<s>"}}')
     assert get_tokenizer(f"hf:{tmp_path}").end_of_text == 0
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "nowhere"}')
-    with pytest.raises(ValueError, match="no end-of-text token; looked for nowhere"):
-        get_tokenizer(f"hf:{tmp_path}")
+    raises("no end-of-text token; looked for nowhere", get_tokenizer, f"hf:{tmp_path}")
 
 
 @pytest.fixture
@@ -256,34 +233,20 @@ def test_added_tokens_are_spelled_as_they_were_added(llama_folder):
 
 @pytest.mark.parametrize("added", [["café"], []])
 def test_sentencepiece_style_tokens_are_decoded_by_the_package(tmp_path, added):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581un", "\u2581noir"]
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True, ignore_merges=True)
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    d = tokenizers.decoders
-    inner.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
-    inner.add_tokens(added)
-    inner.save(str(tmp_path / "tokenizer.json"))
+    save_sentencepiece(tmp_path, SPELLED, added)
     tokenizer = get_tokenizer(f"hf:{tmp_path}")
     assert tokenizer.decode(tokenizer.encode("un café noir")) == "un café noir"
     assert tokenizer.decode(tokenizer.encode("noir")[-1:]) == "noir"
 
 
-@pytest.mark.parametrize(
-    "config, generation, ends",
-    [
-        (None, None, {1}),
-        ({"eos_token_id": 5}, None, {1, 5}),
-        ({"eos_token_id": [1, 7]}, {"eos_token_id": [8, 7]}, {1, 7, 8}),
-        ({"eos_token_id": None}, {"eos_token_id": 9}, {1, 9}),
-    ],
-)
+EOS = [(..., ..., {1}), (5, ..., {1, 5}), ([1, 7], [8, 7], {1, 7, 8}), (None, 9, {1, 9})]  # ...: no such file
+
+
+@pytest.mark.parametrize("config, generation, ends", EOS)
 def test_every_eos_token_id_ends_a_text_after_saving_too(llama_folder, tmp_path, config, generation, ends):
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        if content is not None:
-            (llama_folder / name).write_text(json.dumps(content))
+    for name, eos in (("config.json", config), ("generation_config.json", generation)):
+        if eos is not ...:
+            (llama_folder / name).write_text(json.dumps({"eos_token_id": eos}))
     tokenizer = get_tokenizer(str(llama_folder))
     tokenizer.save(tmp_path)
     for again in (tokenizer, load_tokenizer(tmp_path)):
@@ -294,8 +257,7 @@ def test_every_eos_token_id_ends_a_text_after_saving_too(llama_folder, tmp_path,
 def test_a_tokenizer_without_an_end_of_text_takes_the_model_s(llama_folder):
     content = json.loads((llama_folder / "tokenizer.json").read_text())
     (llama_folder / "tokenizer.json").write_text(json.dumps(content).replace("<|endoftext|>", "<|other|>"))
-    with pytest.raises(ValueError, match="no end-of-text token"):
-        load_tokenizer(llama_folder)
+    raises("no end-of-text token", load_tokenizer, llama_folder)
     (llama_folder / "generation_config.json").write_text('{"eos_token_id": [4, 1]}')
     tokenizer = load_tokenizer(llama_folder)
     assert tokenizer.end_of_text == 4 and tokenizer.end_tokens == {1, 4}
@@ -308,16 +270,13 @@ def test_a_name_of_a_folder_or_file_is_a_tokenizer(bpe, llama_folder, tmp_path):
         assert again.merged == bpe.merged and again.save(tmp_path) == saved
     for spec in (f"hf:{llama_folder}", str(llama_folder), str(llama_folder / "tokenizer.json")):
         assert get_tokenizer(spec).name == "hf:llama"
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
-        get_tokenizer(str(tmp_path.parent))
 
 
 def test_a_folder_cloned_without_git_lfs_is_recognised(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 17209920\n"
     (tmp_path / "tokenizer.json").write_text(pointer)
     for load in (load_tokenizer, lambda folder: get_tokenizer(f"hf:{folder}")):
-        with pytest.raises(ValueError, match="git-lfs pointer.*git lfs pull"):
-            load(tmp_path)
+        raises("git-lfs pointer.*git lfs pull", load, tmp_path)
 
 
 def mixed_texts():
@@ -345,21 +304,12 @@ def test_a_hugging_face_file_of_ours_encodes_alike(tokenizer):
 def test_missing_tokenizers_package_is_named(monkeypatch, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install tokenizers"):
-        get_tokenizer(f"hf:{tmp_path}")
+    raises("pip install tokenizers", get_tokenizer, f"hf:{tmp_path}")
 
 
-OURS = [
-    {"kind": "bpe"},
-    {"kind": "new"},
-    {"kind": "tiktoken"},
-    {"kind": "tiktoken", "name": 3},
-    {"kind": "hf"},
-    {"kind": []},
-]
-OURS += [
-    {"kind": "bpe", "split": SPLIT, **rest} for rest in ({}, {"merged": 3}, {"merged": [3]}, {"merged": ["\u4f60"]})
-]
+OURS = [{"kind": kind} for kind in ("bpe", "new", "tiktoken", "hf", [])] + [{"kind": "tiktoken", "name": 3}]
+OURS += [{"kind": "bpe", "split": SPLIT}]
+OURS += [{"kind": "bpe", "split": SPLIT, "merged": merged} for merged in (3, [3], ["\u4f60"])]
 
 
 @pytest.mark.parametrize("content", ["", "null", "{}", *(json.dumps({"format": 1, **state}) for state in OURS)])
@@ -367,5 +317,4 @@ def test_what_is_no_tokenizer_file_is_refused_by_name(content, tmp_path):
     if content == "{}":  # anything may be a Hugging Face tokenizer
         pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        load_tokenizer(tmp_path)
+    raises("tokenizer.json", load_tokenizer, tmp_path)
