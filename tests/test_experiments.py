@@ -1,5 +1,6 @@
 """The sweep: what it concludes from made-up runs, what it resumes, real runs of seconds; and the benchmarks' tables."""
 
+import importlib
 import json
 import math
 import os
@@ -13,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import refused
+from helpers import mistakes, refused
 
 import options
 import train
-from experiments import bench, compression, engines, minutes, ranking, report, roofline, sweep, torture
+from experiments import bench, compression, engines, minutes, ranking, report, roofline, sweep
 from huggingface import to_pretrained
 from model import GPT, GPTConfig
 
@@ -130,7 +131,7 @@ def test_the_best_rate_lies_between_those_tried():
     assert sweep.best_rate(rows) == 4e-3
 
 
-def test_every_attention_can_be_swept_with_and_without_head_norm(monkeypatch):
+def test_every_attention_can_be_swept_with_and_without_head_norm_at_any_size(monkeypatch):
     monkeypatch.setitem(sweep.ATTENTION, "new", sweep.ATTENTION["mha"])
     known = sweep.variants()
     assert {name.removesuffix("+norm").removesuffix("-norm") for name in known} == {*sweep.ATTENTION}
@@ -141,6 +142,9 @@ def test_every_attention_can_be_swept_with_and_without_head_norm(monkeypatch):
     assert " ".join(sweep.variant_options("mea-norm:diagonal@2")) == options
     o = sweep.check_run(Path("out/none"), sweep.Setting("mea:diagonal", None, "tiny").options(seed=0))
     assert o.max_steps == train.PRESETS["tiny"]["max_steps"] and o.compose == "diagonal"
+    options = sweep.Setting("mea@2", 1e-3, "64").options(seed=3)
+    assert " ".join(options) == "--attention mea --n_kv_head 2 --n_embd 64 --n_head 4 --learning_rate 0.001 --seed 3"
+    assert sweep.Setting("mha", None, "tiny").options(0) == ["--attention", "mha", "--preset", "tiny", "--seed", "0"]
 
 
 def test_options_of_train_py_go_to_every_run_as_they_were_given():
@@ -159,12 +163,6 @@ def test_a_line_of_metrics_that_is_half_written_is_left_out(tmp_path):
     assert report.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert report.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-
-
-def test_a_size_is_a_preset_or_a_width_and_a_variant_may_cache_fewer_heads():
-    options = sweep.Setting("mea@2", 1e-3, "64").options(seed=3)
-    assert " ".join(options) == "--attention mea --n_kv_head 2 --n_embd 64 --n_head 4 --learning_rate 0.001 --seed 3"
-    assert sweep.Setting("mha", None, "tiny").options(0) == ["--attention", "mha", "--preset", "tiny", "--seed", "0"]
 
 
 def test_the_table_pairs_seeds_and_says_what_p_could_be(tmp_path):
@@ -232,7 +230,7 @@ def test_a_sweep_that_is_stopped_leaves_no_run_behind_and_each_has_saved(number,
     assert all("stopped by SIGTERM" in log.read_text() and "saved" in log.read_text() for log in logs)
 
 
-MISTAKES = """
+@mistakes("""
 --variants mha,moa => no variant moa
 --variants mea@x => no variant mea@x
 --variants mea:half => no variant mea:half
@@ -248,14 +246,10 @@ MISTAKES = """
 --n_head 5 => n_embd 128 is not divisible by n_head 5
 --seeds 25 => seeds must be at least 1 and at most 24
 --max_step 5 => --max_step
-"""
-
-
-@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
-def test_a_mistake_is_one_line_before_any_run(mistake, tmp_path, capsys, monkeypatch):
-    options, message = mistake.split(" => ")
+""")
+def test_a_mistake_is_one_line_before_any_run(given, why, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "run_all", lambda *_: pytest.fail("started"))
-    assert message in refused(capsys, sweep.main, "--out_dir", tmp_path / "o", "--results", tmp_path / "r", options)
+    assert why in refused(capsys, sweep.main, "--out_dir", tmp_path / "o", "--results", tmp_path / "r", given)
     assert not [*tmp_path.iterdir()]
 
 
@@ -310,10 +304,8 @@ def test_a_snapshot_is_taken_once_for_each_checkpoint_of_a_model_that_composes_h
 def test_compressions_of_a_pretrained_model_are_measured_once_and_tabulated(tmp_path, data, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(compression, "RESULTS", tmp_path)
-    config = GPTConfig(
-        vocab_size=257, block_size=32, n_layer=2, n_head=6, n_kv_head=3, n_embd=24, attention="mha", norm_eps=1e-5
-    )
-    to_pretrained(GPT(config), tmp_path / "tiny")
+    shape = dict(vocab_size=257, block_size=32, n_layer=2, n_head=6, n_kv_head=3, n_embd=24)
+    to_pretrained(GPT(GPTConfig(**shape, attention="mha", norm_eps=1e-5)), tmp_path / "tiny")
     options = f"--pretrained {tmp_path / 'tiny'} --calibration_data {data} --data_dir {data} --block_size 32 --seeds 2"
     options += " --calibration_windows 2 --probe_windows 1 --eval_windows 2 --decode original,gqa"
     options += f" --out_dir {tmp_path / 'out'}"
@@ -345,9 +337,8 @@ def test_exported_models_are_compared_in_turns(tmp_path, monkeypatch, capsys):
     assert whole["bytes_per_token"] == 2 * half["bytes_per_token"] == 2 * (2 + 2) * 6 * 4
     assert whole["behind"]["32"]["time_ratio"] == 1 and half["behind"]["16"]["tokens_per_second"] > 0
     assert (tmp_path / "engines-whole.md").read_text().count("| the same |") == 2
-    assert "convert_hf_to_gguf.py does not exist" in refused(
-        capsys, engines.main, options.replace("transformers", "llama.cpp"), "--out_dir", tmp_path
-    )
+    other = options.replace("transformers", "llama.cpp")
+    assert "convert_hf_to_gguf.py does not exist" in refused(capsys, engines.main, other, "--out_dir", tmp_path)
 
 
 def test_a_gguf_file_gets_the_rotary_factors_and_keeps_the_rest(tmp_path):
@@ -371,8 +362,7 @@ def test_a_gguf_file_gets_the_rotary_factors_and_keeps_the_rest(tmp_path):
     assert tensors == {f"rope_factors_{length}.weight": [1.0, 2.5] for length in ("long", "short")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
+# --- Benchmarks
 
 
 def test_the_benchmark_takes_turns_and_compares_round_by_round():
@@ -423,33 +413,20 @@ def test_a_path_that_cannot_run_here_is_left_out_and_said(capsys):
     assert capsys.readouterr().out == "  refused: no such backend\n"
 
 
-def test_paper_and_measurement_are_shown_or_for_named_gpus_the_compiled_kernels(monkeypatch):
-    called = {}
-    for name in ("print_rooflines", "print_compiled", "print_timings"):
-        monkeypatch.setattr(roofline, name, lambda *given, name=name, **_: called.update({name: given}))
-    monkeypatch.setattr(roofline, "triton", "as if it were here")
-    monkeypatch.setattr(roofline.kernels, "INTERPRETED", False)
-    roofline.main([])
-    assert called.keys() == {"print_rooflines", "print_timings"}
-    called.clear()
-    roofline.main(["--targets", "sm_80,gfx942"])
-    assert called == {"print_compiled": (["sm_80", "gfx942"],)}
-
-
-WRONG = [
-    (roofline, "--targets sm_80,h100", "unknown target h100: known are sm_80, "),
-    (bench, "--decoding --nanogpt .", "--nanogpt is measured by --training"),
-    (bench, "--training --nanogpt .", "needs a checkout with a model.py"),
-    (minutes, "--nanogpt nowhere", "nowhere is no checkout of nanoGPT: it has no train.py"),
-    (torture, "--faults kills,rain", "no fault rain: choose from kills, "),
-    (torture, "--steps 40 --kills 30", "steps must be at least twice as many as kills"),
-]
-
-
-@pytest.mark.parametrize("program, options, message", WRONG, ids=[case[1] for case in WRONG])
-def test_a_mistake_is_one_line_before_anything_is_measured(program, options, message, tmp_path, monkeypatch, capsys):
+@mistakes("""
+roofline --targets sm_80,h100 => unknown target h100: known are sm_80,
+bench --decoding --nanogpt . => --nanogpt is measured by --training
+bench --training --nanogpt . => needs a checkout with a model.py
+minutes --nanogpt nowhere => nowhere is no checkout of nanoGPT: it has no train.py
+torture --faults kills,rain => no fault rain: choose from kills,
+torture --steps 40 --kills 30 => steps must be at least twice as many as kills
+ranking --stages speed => stages must be some of
+ranking --variants mhaa => no variant
+""")
+def test_a_mistake_is_one_line_before_anything_is_measured(given, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, program.main, options)
+    program, options = given.split(maxsplit=1)
+    assert why in refused(capsys, importlib.import_module(f"experiments.{program}").main, options)
 
 
 def test_nanogpts_shape_has_the_parameters_it_should():
@@ -482,10 +459,8 @@ def test_a_run_of_nanogpt_is_followed_on_our_tokens(data, tmp_path, monkeypatch,
     assert "ended with exit code 1: AssertionError" in capsys.readouterr().err
     assert point["step"] == 0 and point["loss"] == (Path(data) / "val.bin").stat().st_size + 0.25
     assert 0 <= point["cpu_minutes"] < 1 and 0 < point["minutes"] < 1
-    ours = minutes.OURS.match(
-        "step  50/350  loss 5.01  val 5.2606 (2.4 bits per byte)  peak 1 MiB  2 tokens/s  ETA 1:00"
-    )
-    assert ours.groups() == ("50", "5.2606")
+    line = "step  50/350  loss 5.01  val 5.2606 (2.4 bits per byte)  peak 1 MiB  2 tokens/s  ETA 1:00"
+    assert minutes.OURS.match(line).groups() == ("50", "5.2606")
 
 
 def test_the_ranking_goes_on_from_its_rows_and_compares_by_seed(tmp_path, monkeypatch, capsys):
@@ -533,5 +508,3 @@ def test_the_ranking_goes_on_from_its_rows_and_compares_by_seed(tmp_path, monkey
     monkeypatch.setattr(ranking, "train_one", fails)
     assert "it did not end" in refused(capsys, ranking.main, "--variants mha@2,tha --stages rates")
     assert len(made) < count + 3  # the rest is not begun
-    assert "stages must be some of" in refused(capsys, ranking.main, "--stages speed")
-    assert "no variant" in refused(capsys, ranking.main, "--variants mhaa")
