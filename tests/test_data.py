@@ -757,56 +757,6 @@ def test_shards_slice_as_one_array():
         assert (shards[piece] == whole[piece]).all() and len(shards[piece]) == len(whole[piece])
 
 
-TEXTS = [f"Report {i} is about the number {i * i}." for i in range(300)]
-
-
-def parquet_bytes(**columns):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
-VAL, GOOD = {"val_0.bin": shard(IDS)}, {"good.parquet": lambda: parquet_bytes(text=TEXTS)}
-NO_OBJECT = 'd.jsonl, line 3: not a JSON object with a string in "text"'
-damaged = lambda raw: raw[:4] + bytes(900) + raw[904:]
-DEEP = "[" * 200_000 + "]" * 200_000
-BAD = ["{", "3", '{"text": 3}', '{"tex": "a"}', DEEP, f'{{"text": {DEEP}}}', '{"text": ["a"]}', '["text"]', "1" * 9999]
-REFUSED = [  # why, and the files of the source
-    ("no text in .txt, .md, .rst, .py, .jsonl, .parquet files there (1 empty or not text)", {"picture.png": bytes(9)}),
-    ("1 empty or not text", {"d.txt": "a text without a mark\n".encode("utf-16-le") * 50}),
-    ("1 empty or not text", {"d.md": ""}),
-    ("no text for train.bin: use more text", {"d.jsonl": '{"text": ""}\n'}),
-    ("no text for val.bin: use more text, another --val_fraction", {"d.jsonl": '{"text": "one record"}\n'}),
-    *((NO_OBJECT, {"d.jsonl": f'{{"text": "good"}}\n\n{line}\n'}) for line in BAD),
-    ("none for val", {"train_0.bin": shard(IDS)}),
-    ("train_0.bin has 11022 bytes where 11024 are expected", {"train_0.bin": shard(IDS)[:-2]} | VAL),
-    ("train_0.bin", {"train_0.bin": shard(IDS, count=-1)} | VAL),
-    ("holds token id 300, outside the vocabulary of 257", {"train_0.bin": shard([1, 300])} | VAL),
-    ("train_0.bin has 1028 bytes", {"train_0.bin": shard([1], **LLAMA3)} | VAL),
-    ("train_0.bin has 3 bytes", {"train_0.bin": b"abc", "val_0.bin": b"abcd"}),
-    ("train_0.bin has 0 bytes", {"train_0.bin": b"", "val_0.bin": b"abcd"}),
-    ("nothing but end-of-text tokens", {"train_0.bin": shard([256] * 9)} | VAL),
-    ('d.parquet: column "text" holds int64, not strings', {"d.parquet": lambda: parquet_bytes(text=[1, 2])} | GOOD),
-    ('d.parquet: column "text" holds struct<', {"d.parquet": lambda: parquet_bytes(text=[{"body": "a"}])} | GOOD),
-    ('d.parquet: column "text" holds list<', {"d.parquet": lambda: parquet_bytes(text=[["a"]])} | GOOD),
-    ('d.parquet has no column "text", only id', {"d.parquet": lambda: parquet_bytes(id=TEXTS)} | GOOD),
-    ("d.parquet cannot be read as parquet", {"d.parquet": lambda: parquet_bytes(text=TEXTS)[:-20]} | GOOD),
-    ("d.parquet cannot be read as parquet", {"d.parquet": b"PAR1, but no parquet"} | GOOD),
-    ("d.parquet is damaged", {"d.parquet": lambda: damaged(parquet_bytes(text=TEXTS))} | GOOD),
-    ("no text for train.bin", {"d.parquet": lambda: parquet_bytes(text=[None] * 300)}),
-]
-
-
-@pytest.mark.parametrize("why, files", REFUSED)
-def test_a_source_that_cannot_be_used_is_refused(tmp_path, refused, why, files):
-    for name, content in files.items():
-        path = write(tmp_path / "source" / name, content() if callable(content) else content)
-    source = path if len(files) == 1 and path.suffix != ".bin" else path.parent
-    assert why in refused("--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out")
-    assert os.listdir(tmp_path) == ["source"]
-
-
 def test_token_files_are_gpt_2_s_unless_said_otherwise(prepare_files, monkeypatch):
     use_as_gpt2(monkeypatch, 0, 50256)
     names = ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin")
@@ -922,6 +872,16 @@ def test_fineweb_reads_parquet(tmp_path, monkeypatch, refused):
     assert len(asked) == 1  # refused before the download
 
 
+TEXTS = [f"Report {i} is about the number {i * i}." for i in range(300)]
+
+
+def parquet_bytes(**columns):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
 def test_parquet_rows_without_text_are_skipped_and_counted(prepare_files, kind):
     pyarrow = pytest.importorskip("pyarrow")
@@ -931,6 +891,52 @@ def test_parquet_rows_without_text_are_skipped_and_counted(prepare_files, kind):
     dataset = prepare_files({"d.parquet": parquet_bytes(id=list(range(303)), text=column)})
     assert sorted(all_documents(dataset)) == sorted(TEXTS)
     assert dataset.meta["notes"] == ["skipped records: 1 empty, 2 null"]
+
+
+# --- Sources that cannot be used ---
+
+
+VAL, GOOD = {"val_0.bin": shard(IDS)}, {"good.parquet": lambda: parquet_bytes(text=TEXTS)}
+NO_OBJECT = 'd.jsonl, line 3: not a JSON object with a string in "text"'
+damaged = lambda raw: raw[:4] + bytes(900) + raw[904:]
+DEEP = "[" * 200_000 + "]" * 200_000
+BAD = ["{", "3", '{"text": 3}', '{"tex": "a"}', DEEP, f'{{"text": {DEEP}}}', '{"text": ["a"]}', '["text"]', "1" * 9999]
+REFUSED = [  # why, and the files of the source
+    ("no text in .txt, .md, .rst, .py, .jsonl, .parquet files there (1 empty or not text)", {"picture.png": bytes(9)}),
+    ("1 empty or not text", {"d.txt": "a text without a mark\n".encode("utf-16-le") * 50}),
+    ("1 empty or not text", {"d.md": ""}),
+    ("no text for train.bin: use more text", {"d.jsonl": '{"text": ""}\n'}),
+    ("no text for val.bin: use more text, another --val_fraction", {"d.jsonl": '{"text": "one record"}\n'}),
+    *((NO_OBJECT, {"d.jsonl": f'{{"text": "good"}}\n\n{line}\n'}) for line in BAD),
+    ("none for val", {"train_0.bin": shard(IDS)}),
+    ("train_0.bin has 11022 bytes where 11024 are expected", {"train_0.bin": shard(IDS)[:-2]} | VAL),
+    ("train_0.bin", {"train_0.bin": shard(IDS, count=-1)} | VAL),
+    ("holds token id 300, outside the vocabulary of 257", {"train_0.bin": shard([1, 300])} | VAL),
+    ("train_0.bin has 1028 bytes", {"train_0.bin": shard([1], **LLAMA3)} | VAL),
+    ("train_0.bin has 3 bytes", {"train_0.bin": b"abc", "val_0.bin": b"abcd"}),
+    ("train_0.bin has 0 bytes", {"train_0.bin": b"", "val_0.bin": b"abcd"}),
+    ("nothing but end-of-text tokens", {"train_0.bin": shard([256] * 9)} | VAL),
+    ('d.parquet: column "text" holds int64, not strings', {"d.parquet": lambda: parquet_bytes(text=[1, 2])} | GOOD),
+    ('d.parquet: column "text" holds struct<', {"d.parquet": lambda: parquet_bytes(text=[{"body": "a"}])} | GOOD),
+    ('d.parquet: column "text" holds list<', {"d.parquet": lambda: parquet_bytes(text=[["a"]])} | GOOD),
+    ('d.parquet has no column "text", only id', {"d.parquet": lambda: parquet_bytes(id=TEXTS)} | GOOD),
+    ("d.parquet cannot be read as parquet", {"d.parquet": lambda: parquet_bytes(text=TEXTS)[:-20]} | GOOD),
+    ("d.parquet cannot be read as parquet", {"d.parquet": b"PAR1, but no parquet"} | GOOD),
+    ("d.parquet is damaged", {"d.parquet": lambda: damaged(parquet_bytes(text=TEXTS))} | GOOD),
+    ("no text for train.bin", {"d.parquet": lambda: parquet_bytes(text=[None] * 300)}),
+]
+
+
+@pytest.mark.parametrize("why, files", REFUSED)
+def test_a_source_that_cannot_be_used_is_refused(tmp_path, refused, why, files):
+    for name, content in files.items():
+        path = write(tmp_path / "source" / name, content() if callable(content) else content)
+    source = path if len(files) == 1 and path.suffix != ".bin" else path.parent
+    assert why in refused("--source", source, "--tokenizer", "byte", "--out_dir", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+# --- Progress ---
 
 
 def test_a_closed_standard_error_is_no_error(monkeypatch, capsys):
