@@ -84,13 +84,13 @@ def check_weights(folder):
 # In
 
 
-def load_pretrained(path, device="cpu", block_size=None):
+def load_pretrained(path, device="cpu"):
     """(model in eval mode, state) of a config.json or .gguf file that `find_pretrained` found.
 
     The state has `model`, `config`, and `pretrained`: the dtype of the weights' files and the text of those of BESIDE
     that there are. transformers loads the model; both must then agree on 64 tokens, logits within 1e-4 of their size in
-    float32. `block_size` caps the positions, and so does a sliding window: up to its length every position sees all
-    before it, as here. Raises FileNotFoundError or ValueError, in one line.
+    float32. A sliding window caps the positions: up to its length every position sees all before it, as here. Raises
+    FileNotFoundError or ValueError, in one line.
     """
     folder, gguf = path.parent, path.suffix == ".gguf"
     how = dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
@@ -114,7 +114,7 @@ def load_pretrained(path, device="cpu", block_size=None):
         listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in wrong.items())
         raise ValueError(f"the tensors in {folder} do not fit its config.json; {listed}")
     try:
-        model = GPT(config_of(theirs, block_size))
+        model = GPT(config_of(theirs))
         model.load_state_dict(weights_of(theirs, model.config))
     except Exception as error:
         what = f"a {theirs.config.model_type} model that GPT has no form for"
@@ -131,7 +131,7 @@ def load_pretrained(path, device="cpu", block_size=None):
     )
 
 
-def from_pretrained(name_or_folder, device="cpu", block_size=None):
+def from_pretrained(name_or_folder, device="cpu"):
     """The model of a Hugging Face folder, hub name or .gguf file, an MHA: see `load_pretrained`.
 
     Raises FileNotFoundError or ValueError, in one line, for what is not whole or computes something else.
@@ -139,7 +139,7 @@ def from_pretrained(name_or_folder, device="cpu", block_size=None):
     path = find_pretrained(name_or_folder)
     if path is None:
         raise FileNotFoundError(f"no Hugging Face model at {name_or_folder}: its config.json is missing")
-    return load_pretrained(path, device, block_size)[0]
+    return load_pretrained(path, device)[0]
 
 
 @torch.no_grad()
@@ -159,12 +159,12 @@ def rotary_frequencies(config):
     return rotary.inv_freq.double().tolist(), float(rotary.attention_scaling)
 
 
-def config_of(theirs, block_size=None):
+def config_of(theirs):
     """The `GPTConfig` of a transformers model. Raises whatever a config without Llama's fields raises."""
     c, names = theirs.config, theirs.state_dict().keys()
     shape = {ours: getattr(c, name, None) for ours, name in FIELDS.items()}
     window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
-    shape["block_size"] = min(limit for limit in (shape["block_size"], window, block_size) if limit)
+    shape["block_size"] = min(shape["block_size"], window or shape["block_size"])
     shape["qk_norm"] = any(name.endswith("q_norm.weight") for name in names)
     shape["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
     if c.rope_parameters["rope_type"] != "default":

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_cell, ratio_quartiles, timed
+from experiments.report import ROOT, command, finish_axes, in_turns, print_table, ratio_cell, ratio_quartiles
 from experiments.report import write_results
 from options import autocast, choose_device, choose_dtype, fail, option, parse_options, run_program, save_picture
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import train
 from model import GPT, PRESETS, GPTConfig, KVCache
@@ -68,24 +66,6 @@ def row(section, name, base, seconds, baseline, **more):
 # Training
 
 
-class GPT2Shape(nn.Module):
-    """nanoGPT's shape from torch's layers: learned positions, LayerNorm, a GELU MLP of 4 widths, tied embeddings."""
-
-    def __init__(self, vocab_size, n_layer, n_head, n_embd, block_size):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False)
-        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, **how)
-        norm = nn.LayerNorm(n_embd, bias=False)
-        self.layers = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
-
-    def forward(self, x, y):
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        hidden = self.layers(self.tokens(x) + self.positions.weight, mask, is_causal=True)
-        logits = F.linear(hidden, self.tokens.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-
 def load_nanogpt(folder, shape):
     """(model, optimizer) of a checkout of nanoGPT, as its train.py makes them. Runs the checkout's code."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
@@ -101,11 +81,11 @@ def bench_training(device, dtype, nanogpt="", rounds=15):
     batch_size, shape = train.PRESETS["small"]["batch_size"], dict(PRESETS["small"], vocab_size=VOCABULARY)
     T = shape["block_size"]
     x = torch.randint(VOCABULARY, (batch_size, T + 1), device=device)
-    models = {name: small(fields) for name, (fields, _) in VARIANTS.items()} | {"gpt-2's shape": GPT2Shape(**shape)}
+    models = {name: small(fields) for name, (fields, _) in VARIANTS.items()}
     pairs = {}
     for name, model in models.items():
-        groups = model.parameter_groups(0.1) if isinstance(model, GPT) else model.parameters()
-        pairs[name] = model.to(device), torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+        fused = device.type in ("cpu", "cuda")
+        pairs[name] = model.to(device), torch.optim.AdamW(model.parameter_groups(0.1), fused=fused)
     for name in ("nanoGPT", "nanoGPT, float32") if nanogpt else ():  # its train.py has no autocast on a CPU
         pairs[name] = load_nanogpt(nanogpt, shape)
 
@@ -130,10 +110,10 @@ def bench_training(device, dtype, nanogpt="", rounds=15):
     precision = lambda name: torch.float32 if name.endswith("float32") else dtype
     taken = in_turns({name: job(*pair, precision(name)) for name, pair in pairs.items()}, rounds)
     compared = {name: [base] for name, (_, base) in VARIANTS.items()}
-    compared |= {"gpt-2's shape": ["mha"], "nanoGPT": ["mha", "mea"], "nanoGPT, float32": ["mha", "mea"]}
+    compared |= {"nanoGPT": ["mha", "mea"], "nanoGPT, float32": ["mha", "mea"]}
     compared["mea"] += ["mha"]
     for i, section in enumerate(("training, forward", "training, backward", "training, step")):
-        seconds = {name: [parts[i] for parts in rounds] for name, rounds in taken.items()}
+        seconds = {name: [parts[i] for parts in turns] for name, turns in taken.items()}
         for name in taken:
             more = dict(tokens_per_second=batch_size * T / statistics.median(seconds[name])) if i == 2 else {}
             yield from (row(section, name, base, seconds[name], seconds[base], **more) for base in compared[name])
@@ -143,45 +123,36 @@ def bench_training(device, dtype, nanogpt="", rounds=15):
 # Decoding
 
 
-@torch.inference_mode()
+def decode_job(model, cache, context, tokens):
+    """A job for `in_turns`: seconds for a token behind `context` others, the mean of `tokens` from the cache, or of one
+    for which the model runs over all of them again."""
+    times = tokens if cache else 1
+    x = torch.zeros(1, 1 if cache else context, dtype=torch.long, device=model.lm_head.weight.device)
+
+    @torch.inference_mode()
+    def decode():
+        if cache:
+            cache.lengths = [context - tokens]
+        began = time.perf_counter()
+        for _ in range(times):
+            model.lm_head(model.hidden(x, cache)[0, -1]).argmax().item()
+        return (time.perf_counter() - began) / times
+
+    return decode
+
+
 def bench_decoding(device, contexts=(128, 512, 2048, 4096), rounds=7, tokens=4):
     """A token decoded behind `context` others: from the cache, or by running the model over all of them again."""
-
-    def job(model, cache, context):
-        times = tokens if cache else 1
-        x = torch.zeros(1, 1 if cache else context, dtype=torch.long, device=device)
-
-        def decode():
-            if cache:
-                cache.lengths = [context - tokens]
-            began = time.perf_counter()
-            for _ in range(times):
-                model(x, cache=cache)[0][0, -1].argmax().item()
-            return (time.perf_counter() - began) / times
-
-        return decode
-
     for context in contexts:
         jobs, size = {}, {}
         for name, (fields, cached) in DECODED.items():
             model = small(fields, block_size=context).to(device).eval()
             cache = KVCache(model.config, 1, context, torch.float32, device) if cached else None
-            jobs[name], size[name] = job(model, cache, context), cache.nbytes // context if cached else 0
+            jobs[name], size[name] = decode_job(model, cache, context, tokens), cache.nbytes // context if cached else 0
         taken = in_turns(jobs, rounds)
         for name, seconds in taken.items():
             more = dict(tokens_per_second=1 / statistics.median(seconds), bytes_per_token=size[name], context=context)
             yield row(f"decoding behind {context:,}", name, "mha", seconds, taken["mha"], **more)
-
-
-def bench_generation(device, tokens=512, rounds=3):
-    """Greedy generation of `tokens` tokens from one, with the cache and without."""
-    for name in ("mha", "mea"):
-        model, base = small(VARIANTS[name][0]).to(device).eval(), f"{name}, cache"
-        generate = lambda use_cache: lambda: model.generate([[1]], tokens, temperature=0, use_cache=use_cache)
-        taken = in_turns({base: timed(generate(True)), f"{name}, no cache": timed(generate(False))}, rounds, warm_up=0)
-        for which, seconds in taken.items():
-            speed = tokens / statistics.median(seconds)
-            yield row(f"generating {tokens}", which, base, seconds, taken[base], tokens_per_second=speed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +305,7 @@ def measure(o, chosen, device, results, how):
     )
     sections = dict(
         training=lambda: bench_training(device, dtype, o.nanogpt),
-        decoding=lambda: itertools.chain(bench_decoding(device), bench_generation(device)),
+        decoding=lambda: bench_decoding(device),
         memory=bench_memory,
     )
 

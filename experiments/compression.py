@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import RESULTS, ROOT, Rows, finish_axes, mean_and_std, number, program, table
+from experiments.report import RESULTS, ROOT, Rows, finish_axes, in_turns, mean_and_std, number, program, read_metrics
+from experiments.report import table
 from options import choose_dtype, fail, option, parse_options, run_program, save_picture, split_list
 
 import torch
@@ -30,8 +31,8 @@ import torch
 from attention import one_hot_composition
 from compress import METHODS, calibrate, choose_ranks, compress, probe
 from data.dataset import open_dataset
-from data.sampler import Turns
-from data.sampler import validation_windows
+from data.sampler import Turns, validation_windows
+from experiments.bench import decode_job
 from huggingface import from_pretrained
 from model import KVCache
 from surgery import Calibration
@@ -86,12 +87,10 @@ def our_checkpoints(o):
     def trained(folder, data_dir):
         """The loss of a checkpoint that goes on for heal_steps, as compress.py says."""
         out = ROOT / o.out_dir / f"{Path(folder).name}-trained"
-        schedule = ["--learning_rate", 3e-4, "--final_rate", 0, "--weight_decay", 0, "--max_steps", o.heal_steps]
-        schedule += ["--warmup_steps", max(1, o.heal_steps // 10), "--eval_windows", 64, "--seed", 1]
-        where = ["--init_from", folder, "--data_dir", data_dir, "--out_dir", out, "--threads", o.threads]
-        run("train.py", *where, *schedule, "--overwrite")
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[-1])["val_loss"]
+        how = ["--preset", "heal", "--max_steps", o.heal_steps, "--warmup_steps", max(1, o.heal_steps // 10)]
+        how += ["--seed", 1, "--init_from", folder, "--data_dir", data_dir, "--out_dir", out, "--threads", o.threads]
+        run("train.py", *how, "--overwrite")
+        return read_metrics(out)[-1]["val_loss"]
 
     for folder in folders:
         normed = json.loads((folder / "config.json").read_text())["model"]["head_norm"]
@@ -150,22 +149,6 @@ def pool(model, ranks):
                 heads.copy_(torch.einsum("gh,g...->h...", groups, mean))
 
 
-@torch.inference_mode()
-def decoding(model, rows, context, tokens=8):
-    """(tokens per second, cache bytes) of decoding against about `context` positions: the median over two seconds."""
-    cache = KVCache(model.config, rows, context, model.lm_head.weight.dtype, model.lm_head.weight.device)
-    times, tokens = [], min(tokens, context)
-    while len(times) < 8 or sum(times) < 2:
-        cache.lengths = [context - tokens] * rows
-        token = torch.zeros(rows, 1, dtype=torch.long, device=cache.device)
-        began = time.perf_counter()
-        for _ in range(tokens):
-            token = model(token, cache=cache)[0].argmax(-1)
-        token.tolist()  # waits for a GPU
-        times.append(time.perf_counter() - began)
-    return rows * tokens / statistics.median(times[1:]), cache.nbytes  # the first one warmed up
-
-
 def pretrained(o):
     """The rows of `planned`, and how fast the model decodes."""
     torch.set_num_threads(o.threads)
@@ -200,7 +183,7 @@ def pretrained(o):
     def compressed(ratio, name, seed):
         model, (method, *probed) = copy.deepcopy(load()), name.split(", ")
         pooled, method = method == "pooled", "svd" if method == "pooled" else method
-        seen, seconds = calibration(seed) if METHODS[method].sees_data else (None, 0.0)
+        seen, seconds = calibration(seed) if METHODS[method].sees_data and method != "gqa" else (None, 0.0)
         if method == "gqa":  # each layer sees what the replaced ones put out
             seen = calibrate(model, windows_seen(seed)[0], dtype=dtype)
         began, costs = time.monotonic(), None
@@ -215,18 +198,25 @@ def pretrained(o):
         heads = [[n / load().config.head_dim for n in pair] for pair in ranks] if method == "gqa" else ranks
         return dict(loss=losses(model), heads=heads, seconds=seconds)
 
-    def decoded(method):
-        model = copy.deepcopy(load())
-        if method != "original":  # without calibration: speed depends on the format, not on how well it was fitted
-            compress(model, choose_ranks(model.config, 0.5, "all", method=method), method)
-        contexts = [context for context in (1024, 4096, 8192) if context <= model.config.block_size]
-        return {str(context): decoding(model, 1, context) for context in contexts or [model.config.block_size]}
+    def decoded(methods):
+        """{method: {context: (tokens per second, cache bytes)}}, in turns."""
+        models, found = {method: copy.deepcopy(load()) for method in methods}, {method: {} for method in methods}
+        for method in [name for name in methods if name != "original"]:  # uncalibrated: speed is the format's
+            compress(models[method], choose_ranks(models[method].config, 0.5, "all", method=method), method)
+        longest = load().config.block_size
+        for context in sorted({min(context, longest) for context in (1024, 4096, 8192)}):
+            caches = {name: KVCache(model.config, 1, context, torch.float32, device) for name, model in models.items()}
+            jobs = {name: decode_job(model, caches[name], context, 8) for name, model in models.items()}
+            for name, seconds in in_turns(jobs, 7).items():
+                found[name][str(context)] = 1 / statistics.median(seconds), caches[name].nbytes
+        return found
 
     rows.fill("original", lambda: losses(load()))
     for ratio, method, seed in planned(o.seeds):
         rows.fill(f"{ratio:.3f} | {method} | {seed}", lambda: compressed(ratio, method, seed))
-    for method in split_list(o.decode):
-        rows.fill(f"decoding | {method}", lambda: decoded(method))
+    missing = [method for method in split_list(o.decode) if f"decoding | {method}" not in rows]
+    for method, speeds in (decoded(missing) if missing else {}).items():
+        rows.fill(f"decoding | {method}", lambda: speeds)
     rows.write_table("compression.py", peers_table(rows, o))
     seen = [Path(folder).name for folder in folders]
     print(save_picture(rows.path.with_suffix(".png"), lambda plt: draw(plt, rows, seen)))

@@ -1,10 +1,10 @@
-"""What to measure on a GPU, in the order of what matters most, each piece under ten minutes and on its own.
+"""What to measure on a GPU, in the order of what matters most, each on its own and, but `questions`, in ten minutes.
 
     python experiments/gpu.py correct      # the tests of kernels.py on the GPU, long sequences, a compiled model
     python experiments/gpu.py kernels      # attention and decoding beside torch's backends, FlexAttention, flash-attn
     python experiments/gpu.py tune         # tiles, warps and stages by timing: what tile_options should say
-    python experiments/gpu.py train --nanogpt ../nanoGPT         # a 124M model: tokens/s, memory, FLOPs utilisation
-    python experiments/gpu.py questions --data_dir data/corpus   # the paper's comparisons, 27M parameters; 124M, a pair
+    python experiments/gpu.py train --nanogpt ../nanoGPT         # GPT-2's shape: tokens/s, memory, FLOPs utilisation
+    python experiments/gpu.py questions --data_dir data/corpus   # the paper's comparisons, 27M parameters; one larger
     python experiments/gpu.py compress --checkpoint smollm2-135m --data_dir data/prose
 
 Results go to experiments/results/gpu/, a line as each comes; sweeps that stopped go on when they are repeated.
@@ -207,15 +207,15 @@ def tune(o):
 
 
 def train(o):
-    """Tokens/s, memory and utilisation in a few steps of a 124M model: every variant, nanoGPT on the same tokens."""
+    """Tokens/s, memory and utilisation in a few steps of GPT-2's shape: every variant, nanoGPT on the same tokens."""
     steps = 6 if o.rehearse else 40
     shape = f"--preset {'tiny' if o.rehearse else 'base --compile --grad_accum 2 --eval_windows 16'}"
     shape += f" --max_steps {steps} --eval_every {steps} --save_every {steps}"
     for variant in ("mha", "mea", "dfa", "tha"):
         run = ["--attention", variant, "--overwrite", "--out_dir", OUT / variant]
         code, lines = execute("train.py", *run, *shape.split()), read_metrics(ROOT / OUT / variant)
-        speed = statistics.median(line["tokens_per_second"] for line in lines[len(lines) // 2 :])
-        write("train", variant=variant, code=code, tokens_per_second=speed, last=lines[-1])
+        speeds = [line["tokens_per_second"] for line in lines[len(lines) // 2 :]]
+        write("train", variant=variant, code=code, tokens_per_second=statistics.median(speeds or [0]), last=lines[-1:])
     if o.nanogpt:
         shape = {} if o.rehearse else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16)
         shape |= dict(device=DEVICE, compile=CUDA, max_iters=steps, eval_interval=1000)
@@ -227,7 +227,7 @@ def train(o):
 
 
 def questions(o):
-    """The paper's four cells and Talking-Heads at 27M parameters, three rates and seeds; one too large; two at 124M.
+    """The paper's four cells and Talking-Heads at 27M parameters, three rates and seeds; one too large; a larger pair.
 
     More than ten minutes: stopped runs go on when it is repeated.
     """
@@ -253,8 +253,7 @@ def compress(o):
     """Half the cache of a checkpoint, then healed: trained towards the original's predictions."""
     windows = "--calibration_windows 4 --eval_windows 4" if o.rehearse else "--calibration_windows 256"
     steps = 2 if o.rehearse else 600
-    heal = f"--max_steps {steps} --eval_every {steps} --warmup_steps {steps // 10} --learning_rate 2e-4 --final_rate 0"
-    heal += " --weight_decay 0"
+    heal = f"--preset heal --max_steps {steps} --eval_every {steps} --warmup_steps {steps // 10} --learning_rate 2e-4"
     data = ["--data_dir", o.data_dir, "--overwrite", "--out_dir"]
     for method in ("aligned", "latent"):
         half, healed = OUT / f"half-{method}", OUT / f"half-{method}-healed"

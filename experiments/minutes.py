@@ -27,7 +27,7 @@ from options import fail, option, parse_options, run_program, save_picture
 import train
 
 SETTINGS, _ = parse_options(train.Options, [], train.PRESETS)  # of the default preset
-RATES = 1e-3, 3e-3, 6e-3
+RATES = 3e-3, 6e-3, 1.2e-2
 PROGRAMS = "train.py", "model.py", "configurator.py"  # of nanoGPT
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
@@ -86,10 +86,9 @@ def measure(checkout, threads, results, how):
     runs = json.loads(path.read_text())["runs"] if path.is_file() else []
     done = {(run["name"], run["threads"]) for run in runs}
     with tempfile.TemporaryDirectory() as out, nanogpt_with_our_tokens(checkout) as theirs:
-        jobs = {f"nanoGPT, rate {rate:g}": (nanogpt_command(rate), theirs, NANOGPT) for rate in RATES}
-        for name in ("mea", "mha"):
-            ours = program("train.py", "--attention", name, "--threads", threads, "--out_dir", f"{out}/{name}")
-            jobs = {name: (ours, ROOT, OURS), **jobs}
+        ours = lambda name: program("train.py", "--attention", name, "--threads", threads, "--out_dir", f"{out}/{name}")
+        jobs = {name: (ours(name), ROOT, OURS) for name in ("mha", "mea")}
+        jobs |= {f"nanoGPT, rate {rate:g}": (nanogpt_command(rate), theirs, NANOGPT) for rate in RATES}
         for name, (command, folder, pattern) in jobs.items():
             if (name, threads) not in done:
                 print(f"{name}, {threads} threads", flush=True)
@@ -126,12 +125,10 @@ def draw(plt, runs):
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4), layout="constrained", squeeze=False)
     for ax, threads in zip(axes[0], counts):
         for run in (run for run in runs if run["threads"] == threads):
-            points = curve(run)[run["points"][0]["step"] <= 1 :]
+            points = [pair for pair, point in zip(curve(run), run["points"]) if point["step"] > 1]
             style = dict(ls="--", alpha=0.7) if is_nanogpt(run) else {}
             ax.plot(*zip(*points), marker="o", ms=3, label=run["name"], **style)
-        title = (
-            f"{SETTINGS.max_steps} steps of the same tokens, {'one thread' if threads == 1 else f'{threads} threads'}"
-        )
+        title = f"{SETTINGS.max_steps} steps of the same tokens, threads: {threads}"
         finish_axes(ax, xlabel="minutes", ylabel="validation loss, nats per token", title=title)
     return figure
 

@@ -95,13 +95,13 @@ def main(argv=None):
                 losses.setdefault((name, rate), {})[str(seed)] = end["val_loss"]
         write(losses, times, command("optimisers.py", argv))
 
-    tabulate()
     for (name, rate, seed), folder in runs.items():
         if not finished(folder):
             train.make_optimizer = optimisers[name]
             how = ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir", str(folder), *passed_on(o, given)]
             train.main([*how, "--resume" if (folder / "checkpoint.pt").exists() else "--overwrite"])
             tabulate()
+    tabulate()
     print((RESULTS / "optimisers.md").read_text())
 
 

@@ -13,17 +13,14 @@ A variant is written as in sweep.py, e.g. mea-norm. Read family.py first.
 
 import math
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.report import RESULTS, ROOT, Rows, in_turns, mean_and_std, number, program, ratio_cell
-from experiments.report import ratio_quartiles, read_metrics, sign_flip_p, table
+from experiments.report import RESULTS, ROOT, Rows, in_turns, mean_and_std, number, ratio_cell, ratio_quartiles
+from experiments.report import sign_flip_p, table
 from options import fail, option, parse_options, run_program, save_picture, split_list
 
 import torch
@@ -33,8 +30,7 @@ from experiments import sweep  # which enters family.py's attentions
 from model import GPT, build_config
 
 PLAIN = "mha,mea-norm,dfa-norm,tha,gated,diff2,knocking,mta-norm,collaborative,iha,dcmha,mha@2,latent@2"
-# (a norm takes a gate before it away)
-NORMED = "mha+norm,mea,dfa,tha+norm,diff2+norm,knocking+norm,mta,collaborative+norm,iha+norm,dcmha+norm"
+NORMED = "mha+norm,gated+norm,mea,dfa,tha+norm,diff2+norm,knocking+norm,mta,collaborative+norm,iha+norm,dcmha+norm"
 PAIRED = "mea_gated-norm,diff2_gated,diff2_composed"
 RATES = (6e-3, 1.2e-2, 2.5e-2)
 STEPS, LONG_STEPS = 600, 6400
@@ -84,25 +80,6 @@ def planned(o, rows, stage):
     return [(n, best[n], seed, LONG_STEPS, o.long_data) for seed in range(3) for n in chosen if best.get(n)]
 
 
-def train_one(o, variant, rate, seed, steps, text):
-    """The row of a finished run; one that diverged has no loss. Raises ValueError, with the file that says why, for one
-    that failed."""
-    name = "-".join(filter(None, [variant, f"lr{rate:g}", f"seed{seed}", str(steps), Path(text).name]))
-    folder, log = ROOT / o.out_dir / name, ROOT / o.out_dir / f"{name}.log"
-    last = lambda: (read_metrics(folder) or [{}])[-1]
-    if last().get("step") != steps:
-        how = [*sweep.variant_options(variant), *SHAPE, *HOW, "--learning_rate", rate, "--seed", seed, "--overwrite"]
-        how += ["--max_steps", steps, "--eval_every", steps, "--save_every", max(steps // 8, 1)]
-        how = ["--resume"] if (folder / "checkpoint.pt").exists() else how + (["--data_dir", text] if text else [])
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
-            command = program("experiments/family.py", *how, "--out_dir", folder)
-            subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        if last().get("step") != steps and not sweep.diverged(folder):
-            raise ValueError(f"{name} did not end: see {log}")
-    return dict(loss=last().get("val_loss"), tokens=last().get("tokens", 0))
-
-
 def built(variant):
     """The model of a variant, with a vocabulary of 2,048."""
     o, _ = parse_options(train.Options, [*sweep.variant_options(variant), *SHAPE], train.PRESETS)
@@ -131,20 +108,23 @@ def time_steps(variants, rounds=15):
 
 
 def run_stage(o, rows, stage):
-    """Make the rows of a stage that are missing, `jobs` at a time."""
-    lock, missing = threading.Lock(), [run for run in planned(o, rows, stage) if key(*run) not in rows]
+    """Make the rows of a stage that are missing, `jobs` at a time; a run that diverged has no loss."""
+    names, runs = {}, {}
+    for variant, rate, seed, steps, text in planned(o, rows, stage):
+        if (name := key(variant, rate, seed, steps, text)) not in rows:
+            parts = [variant, f"lr{rate:g}", f"seed{seed}", str(steps), Path(text).name]
+            folder = ROOT / o.out_dir / "-".join(filter(None, parts))
+            how = ["--learning_rate", rate, "--seed", seed, "--max_steps", steps, "--eval_every", steps]
+            how += ["--save_every", max(steps // 8, 1), *(["--data_dir", text] if text else [])]
+            names[folder], runs[folder] = name, [*sweep.variant_options(variant), *SHAPE, *HOW, *map(str, how)]
 
-    def make(run):
-        row = train_one(o, *run)
-        with lock:
-            rows.fill(key(*run), lambda: row)
+    def fill():
+        for folder, name in names.items():
+            if (end := sweep.finished(folder)) or sweep.diverged(folder):
+                rows.fill(name, lambda: dict(loss=end and end["val_loss"]))
 
-    workers = ThreadPoolExecutor(o.jobs)
-    try:
-        for done in [workers.submit(make, run) for run in missing]:
-            done.result()
-    finally:
-        workers.shutdown(cancel_futures=True)  # what has begun ends, nothing else begins
+    fill()
+    sweep.run_all(runs, o.jobs, fill)
 
 
 def ranking(o, rows):
@@ -174,11 +154,12 @@ def ranking_table(found):
     heads += ["cached bytes a token", "time of a step", "loss in MHA's time", "after 13M tokens", "minus MHA"]
     for row in found:
         minus, long_minus = row.get("losses_minus_mha", (None, None)), row.get("long_minus_mha", (None, None))
+        long, long_std = mean_and_std(row["long"].values())
         cell = [row["variant"], f"{row['rate']:g}", number(row["mean"][0], ".4f", row["mean"][1])]
         cell += [number(minus[0], "+.4f", minus[1]), number(row.get("losses_p"), ".3g"), str(len(row["losses"]))]
         cell += [number(row.get("parameters"), ","), number(row.get("cached_bytes"), ",")]
         cell += [ratio_cell(row["ratio"]) if "ratio" in row else ""]
-        cell += [number(row["equal"][0], ".4f", row["equal"][1]), number(*after(row["long"]))]
+        cell += [number(row["equal"][0], ".4f", row["equal"][1]), number(long, ".4f", long_std)]
         cells.append([*cell, number(long_minus[0], "+.4f", long_minus[1])])
     there = [column for column in range(len(heads)) if any(cell[column] for cell in cells)]  # stages that have begun
     yield from table([heads[column] for column in there], [[cell[column] for column in there] for cell in cells])
@@ -192,11 +173,6 @@ def rates_table(found, rows):
         ends = [mean_and_std(losses(rows, row["variant"], rate, range(3)).values()) for rate in RATES]
         cells.append([row["variant"], *(number(mean, ".4f", std) for mean, std in ends)])
     yield from ["", "Seeds 0 to 2 at every rate:", "", *table(["variant", *(f"{rate:g}" for rate in RATES)], cells)]
-
-
-def after(ends):
-    mean, std = mean_and_std(ends.values())
-    return mean, ".4f", std
 
 
 def draw(plt, found):

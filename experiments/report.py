@@ -1,6 +1,6 @@
 """What the experiments share: runs and their metrics, times in turns, statistics, tables, files of results."""
 
-import options  # noqa: F401 (before torch)
+from options import shown_command, write_atomically  # before torch
 
 import contextlib
 import json
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from options import shown_command, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -170,6 +168,6 @@ class Rows(dict):
 
     def write_table(self, program, lines):
         """The lines behind the command of a program, beside the rows, and on the screen."""
-        text = "\n".join([f"`{command(program)}`", "", *lines, ""])
-        self.path.with_suffix(".md").write_text(text)
+        text = "\n".join([f"`{command(program)}` ({machine()})", "", *lines, ""])
+        write_atomically(self.path.with_suffix(".md"), text)
         print(text)

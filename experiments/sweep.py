@@ -39,20 +39,18 @@ from experiments.report import mean_and_std, number, sign_flip_p, table
 from options import fail, option, parse_options, run_program, save_picture, shown_command, split_list
 
 import numpy as np
-import torch
 
 import train
 from attention import ATTENTION
 from checkpoint import load_checkpoint
 from experiments.family import FAMILY
-from model import GPT, PRESETS, GPTConfig, build_config
+from model import GPTConfig, build_config
 from runs import CHANGEABLE
 
 
 @dataclass
 class Options(train.Options):  # those go to every run
     variants: str = option("mha,mha+norm,mea-norm,mea,dfa,tha", "with commas between them; default: the paper's")
-    sizes: str = option("", "presets (tiny,small) or widths in heads of 16 channels (32,64,128): all of them")
     learning_rates: str = option("", "e.g. 1e-3,3e-3: every variant at each of them")
     choose_rates: bool = option(False, "runs with --schedule constant; from them a rate for each variant")
     extrapolate_to: float = option(0.0, "tokens at which rates are ranked; 0 for 10 times a run's", least=0)
@@ -95,32 +93,21 @@ def variant_options(variant):
     return [*known[found[1]], *compose, *(["--n_kv_head", found[3]] if found[3] else [])]
 
 
-def size_options(size):
-    """What train.py is told about a size: a preset or a width, in heads of 16 channels. Raises ValueError."""
-    if not size or size in PRESETS:
-        return ["--preset", size] if size else []
-    if not size.isdecimal() or int(size) % 16 or not int(size):
-        presets = ", ".join(PRESETS)
-        raise ValueError(f"size {size!r} is neither a preset ({presets}) nor a width, a multiple of 16")
-    return ["--n_embd", size, "--n_head", str(int(size) // 16)]
-
-
 @dataclass(frozen=True)
 class Setting:
     """What the runs of one row share, all but the seed. None leaves it to train.py."""
 
     variant: str
     learning_rate: float | None = None
-    size: str | None = None
 
     @property
     def name(self):
         rate = f"lr{self.learning_rate:g}" if self.learning_rate else None
-        return "-".join(filter(None, [self.variant, self.size, rate]))
+        return "-".join(filter(None, [self.variant, rate]))
 
     def options(self, seed):
         rate = ["--learning_rate", f"{self.learning_rate:g}"] if self.learning_rate else []
-        return [*variant_options(self.variant), *size_options(self.size), *rate, "--seed", str(seed)]
+        return [*variant_options(self.variant), *rate, "--seed", str(seed)]
 
     def folders(self, root, seeds):
         return [root / f"{self.name}-seed{seed}" for seed in range(seeds)]
@@ -261,13 +248,13 @@ def outcome(root, setting, seeds):
 def summary(root, settings, seeds, own_rates=False):
     """{name: {mean, std, n, minus_mha, p, ...}} of the finished runs; differences are paired by seed.
 
-    MHA is the one of the same size and, unless each variant has its own, the same rate.
+    MHA is the one of the same rate, unless each variant has its own.
     """
     rows, outcomes = {}, {setting: outcome(root, setting, seeds) for setting in settings}
     for setting, (row, ends) in outcomes.items():
         plain = replace(setting, variant="mha")
         if own_rates:
-            plain = next((s for s in settings if (s.variant, s.size) == ("mha", setting.size)), plain)
+            plain = next((s for s in settings if s.variant == "mha"), plain)
         mha = outcomes[plain][0]["losses"] if plain in outcomes and plain != setting else {}
         paired = [loss - mha[seed] for seed, loss in row["losses"].items() if seed in mha]
         row["mean"], row["std"] = mean_and_std(row["losses"].values())
@@ -275,7 +262,7 @@ def summary(root, settings, seeds, own_rates=False):
         row["minus_mha"], row["minus_mha_std"] = mean_and_std(paired)
         row["p"] = sign_flip_p(paired) if len(paired) > 1 else None
         if row["n"] or row["diverged"]:
-            rows[setting.variant if own_rates and not setting.size else setting.name] = row
+            rows[setting.variant if own_rates else setting.name] = row
     return rows
 
 
@@ -355,8 +342,6 @@ def rate_rows(root, settings, seeds, tokens=None):
         ahead = [power_law(fit, row["tokens"]) for fit in row["fits"]]
         row["extrapolated"], row["extrapolated_std"] = mean_and_std(ahead)
         row["stable"] = not row["diverged"] and not row["spikes"]
-        with torch.device("meta"):
-            row["parameters"] = GPT(GPTConfig(**read_config(folders[0], "model"))).n_params()
         rows.append(row)
     return rows
 
@@ -372,88 +357,35 @@ def choose_rate(rows, tolerance):
     return max((row["learning_rate"] for row in stable if row["extrapolated"] <= lowest + tolerance), default=None)
 
 
-def best_rate(rows):
-    """Where a parabola through the lowest extrapolated loss and its two neighbours, over log rate, is lowest.
-
-    Rates are tried in steps; this is what lies between them. At an end of the stable rates the rate there: the best one
-    may lie beyond. None if none is stable.
-    """
-    rows = sorted((row for row in rows if row["stable"]), key=lambda row: row["learning_rate"])
-    if not rows:
-        return None
-    rates, losses = [row["learning_rate"] for row in rows], [row["extrapolated"] for row in rows]
-    lowest = int(np.argmin(losses))
-    if not 0 < lowest < len(rows) - 1:
-        return rates[lowest]
-    near = slice(lowest - 1, lowest + 2)
-    curvature, slope, _ = np.polyfit(np.log(np.array(rates[near]) / rates[lowest]), losses[near], 2)
-    return rates[lowest] * math.exp(-slope / (2 * curvature))
-
-
-def fit_rate_against_size(parameters, rates):
-    """(c, e) of rate = c * parameters^e, a line through the logarithms."""
-    exponent, constant = np.polyfit(np.log(parameters), np.log(rates), 1)
-    return float(np.exp(constant)), float(exponent)
-
-
 def choose_rates(root, settings, seeds, tokens, tolerance):
-    """(rows, choices, laws): a choice for each size and variant; a law of the best rate for each variant in two sizes.
-
-    From three sizes on a law is tested: fitted without the largest model, it predicts that one's best rate.
-    """
-    rows, choices, laws = rate_rows(root, settings, seeds, tokens), [], []
-    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
-        mine = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
-        rates = dict(learning_rate=choose_rate(mine, tolerance), best=best_rate(mine))
-        choices.append(dict(variant=variant, size=size, **rates, parameters=mine[0]["parameters"]))
-    for variant in dict.fromkeys(choice["variant"] for choice in choices):
-        known = [choice for choice in choices if choice["variant"] == variant and choice["best"]]
-        if len(known) < 2:
-            continue
-        known.sort(key=lambda choice: choice["parameters"])
-        parameters, rates = ([choice[name] for choice in known] for name in ("parameters", "best"))
-        constant, exponent = fit_rate_against_size(parameters, rates)
-        law = dict(variant=variant, constant=constant, exponent=exponent, sizes=[choice["size"] for choice in known])
-        if len(known) > 2:
-            c, e = fit_rate_against_size(parameters[:-1], rates[:-1])
-            law["test"] = dict(constant=c, exponent=e, predicted=c * parameters[-1] ** e, found=rates[-1])
-        laws.append(law)
-    return rows, choices, laws
+    """(rows, choices): the rate of each variant."""
+    rows = rate_rows(root, settings, seeds, tokens)
+    of = lambda variant: [row for row in rows if row["variant"] == variant]
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    return rows, [dict(variant=name, learning_rate=choose_rate(of(name), tolerance)) for name in variants]
 
 
-def rates_markdown(rows, choices, laws):
-    """The lines of three tables: every rate, the rate chosen for each variant, the laws."""
-    chosen, cells = [(choice["size"], choice["variant"], choice["learning_rate"]) for choice in choices], []
+def rates_markdown(rows, choices):
+    """The lines of two tables: every rate, and the rate chosen for each variant."""
+    chosen, cells = [(choice["variant"], choice["learning_rate"]) for choice in choices], []
     for row in rows:
-        mark = "**chosen**" if (row["size"], row["variant"], row["learning_rate"]) in chosen else ""
+        mark = "**chosen**" if (row["variant"], row["learning_rate"]) in chosen else ""
         loss, _ = mean_and_std(row["losses"].values())
         losses = number(loss, ".4f"), number(row["extrapolated"], ".4f", row["extrapolated_std"])
         lost = f"{row['diverged']} of {row['n'] + row['diverged']}"
-        named = row["variant"], row["size"] or "", f"{row['learning_rate']:g}"
+        named = row["variant"], f"{row['learning_rate']:g}"
         cells.append([*named, *losses, str(row["spikes"]), lost, mark if row["stable"] else "unstable"])
-    yield from table(["variant", "size", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""], cells)
-    cells = []
-    for choice in choices:
-        rate = number(choice["learning_rate"], "g") or "none is stable: try smaller ones"
-        size, parameters = choice["size"] or "", f"{choice['parameters']:,}"
-        cells.append([choice["variant"], size, parameters, rate, number(choice["best"], ".2g")])
-    heads = ["chosen: largest stable rate near the lowest loss", "lowest extrapolated loss, between rates"]
-    yield from ["", *table(["variant", "size", "parameters", *heads], cells)]
-    power, cells = lambda law: f"{law['constant']:.3g} * parameters^{law['exponent']:.2f}", []
-    for law in laws:
-        test = law.get("test")
-        tested = [power(test), f"{test['predicted']:.2g}", f"{test['found']:.2g}"] if test else ["", "", ""]
-        cells.append([law["variant"], power(law), *tested])
-    if laws:
-        heads = ["variant", "best rate", "without the largest size", "prediction for it", "found"]
-        yield from ["", *table(heads, cells)]
+    yield from table(["variant", "rate", "validation loss", "extrapolated", "spikes", "diverged", ""], cells)
+    rates = [number(choice["learning_rate"], "g") or "none is stable: try smaller ones" for choice in choices]
+    heads = ["variant", "chosen: largest stable rate near the lowest loss"]
+    yield from ["", *table(heads, [[choice["variant"], rate] for choice, rate in zip(choices, rates)])]
 
 
 def read_rates(path):
-    """{(size, variant): rate} from a rates.json. Raises ValueError for a file that is none."""
+    """{variant: rate} from a rates.json. Raises ValueError for a file that is none."""
     try:
         choices = json.loads(path.read_text())["choices"]
-        return {(choice["size"], choice["variant"]): choice["learning_rate"] for choice in choices}
+        return {choice["variant"]: choice["learning_rate"] for choice in choices}
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a file that --choose_rates wrote ({error})") from error
 
@@ -475,82 +407,75 @@ def line_style(variant):
     return dict(color=f"C{[*variants()].index(name)}", ls=style, lw=1.5)
 
 
-def title(size):
-    return f"{'width ' * size.isdecimal()}{size}: " if size else ""
-
-
 def curves(root, outcomes, seeds):
-    """{size: {variant: {tokens, losses}}}: validation losses by seed; of several rates, the one that ended lowest."""
+    """{variant: {tokens, losses}}: validation losses by seed; of several rates, the one that ended lowest."""
     data = {}
     for row in sorted((row for row in outcomes.values() if row["n"]), key=lambda row: row["mean"], reverse=True):
-        folders = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, seeds)
+        folders = Setting(row["variant"], row["learning_rate"]).folders(root, seeds)
         runs = {seed: [line for line in read_metrics(folders[seed]) if "val_loss" in line] for seed in row["losses"]}
         tokens = [line["tokens"] for line in next(iter(runs.values()))]
         losses = {seed: [line["val_loss"] for line in lines] for seed, lines in runs.items()}
-        lines = data.setdefault(row["size"] or "", {})
-        lines[row["variant"]] = dict(learning_rate=row["learning_rate"], tokens=tokens, losses=losses)
+        data[row["variant"]] = dict(learning_rate=row["learning_rate"], tokens=tokens, losses=losses)
     return data
 
 
 def draw_curves(plt, data):
     """Left the losses; right, where MHA is there, the differences to it, paired by seed, with their range."""
-    both = any("mha" in lines and len(lines) > 1 for lines in data.values())
-    size = (6 + 5 * both, 4 * len(data))
-    figure, axes = plt.subplots(len(data), 1 + both, figsize=size, layout="constrained", squeeze=False)
-    for (left, *right), (size, lines) in zip(axes, data.items()):
-        mha = lines["mha"]["losses"] if "mha" in lines else {}
-        for i, (name, runs) in enumerate(lines.items()):
-            x, style = np.array(runs["tokens"]) / 1e6, line_style(name)
-            rate = f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else ""
-            label = f"{name}{rate} (n = {len(runs['losses'])})"
-            left.plot(x, np.mean([*runs["losses"].values()], axis=0), label=label, **style)
-            paired = [np.subtract(losses, mha[seed]) for seed, losses in runs["losses"].items() if seed in mha]
-            if right and paired:
-                mean = np.mean(paired, axis=0)
-                reach = mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean
-                beside = x + 0.05 * (x[-1] / len(x)) * i  # bars side by side
-                right[0].errorbar(beside, mean, reach, elinewidth=0.8, capsize=2, **style)
-        x = "training tokens (millions)"
-        y = "validation loss (nats per token)"
-        finish_axes(left, xlabel=x, ylabel=y, title=f"{title(size)}mean over seeds")
-        for ax in right:
-            ax.set(xlabel=x, ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
-            ax.grid(alpha=0.3)
+    both = "mha" in data and len(data) > 1
+    figure, axes = plt.subplots(1, 1 + both, figsize=(6 + 5 * both, 4), layout="constrained", squeeze=False)
+    left, *right = axes[0]
+    mha = data["mha"]["losses"] if "mha" in data else {}
+    for i, (name, runs) in enumerate(data.items()):
+        x, style = np.array(runs["tokens"]) / 1e6, line_style(name)
+        rate = f", rate {runs['learning_rate']:g}" if runs["learning_rate"] else ""
+        left.plot(
+            x, np.mean([*runs["losses"].values()], axis=0), label=f"{name}{rate} (n = {len(runs['losses'])})", **style
+        )
+        paired = [np.subtract(losses, mha[seed]) for seed, losses in runs["losses"].items() if seed in mha]
+        if right and paired:
+            mean = np.mean(paired, axis=0)
+            reach = mean - np.min(paired, axis=0), np.max(paired, axis=0) - mean
+            beside = x + 0.05 * (x[-1] / len(x)) * i  # bars side by side
+            right[0].errorbar(beside, mean, reach, elinewidth=0.8, capsize=2, **style)
+    x = "training tokens (millions)"
+    finish_axes(left, xlabel=x, ylabel="validation loss (nats per token)", title="mean over seeds")
+    for ax in right:
+        ax.set(xlabel=x, ylabel="minus MHA, same seed", title="difference to MHA: mean and range over seeds")
+        ax.grid(alpha=0.3)
     return figure
 
 
 def sensitivity(outcomes):
-    """{size: {variant: [{learning_rate, losses, unstable}, ..]}}, by rate; `unstable` counts spikes and lost runs."""
+    """{variant: [{learning_rate, losses, unstable}, ..]}, by rate; `unstable` counts spikes and lost runs."""
     data = {}
     for row in sorted(outcomes.values(), key=lambda row: row["learning_rate"]):
         point = dict(learning_rate=row["learning_rate"], losses=[*row["losses"].values()])
         point["unstable"] = row["spikes"] + row["diverged"]
-        data.setdefault(row["size"] or "", {}).setdefault(row["variant"], []).append(point)
+        data.setdefault(row["variant"], []).append(point)
     return data
 
 
 def draw_sensitivity(plt, data):
     """Final loss against rate: mean line, range over seeds, each seed a dot. Up to 1 nat above the lowest."""
-    figure, axes = plt.subplots(1, len(data), figsize=(7 * len(data), 4.5), layout="constrained", squeeze=False)
-    for ax, (size, lines) in zip(axes[0], data.items()):
-        lines = {name: [point for point in points if point["losses"]] for name, points in lines.items()}
-        for name, points in lines.items():
-            style = line_style(name)
-            x, losses = [point["learning_rate"] for point in points], [point["losses"] for point in points]
-            ax.plot(x, [*map(statistics.mean, losses)], label=name, **style)
-            ax.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=style["color"], alpha=0.15, lw=0)
-            for point in points:
-                face = "white" if point["unstable"] else style["color"]
-                rates = [point["learning_rate"]] * len(point["losses"])
-                ax.plot(rates, point["losses"], "o", ms=4, color=style["color"], mfc=face)
-        lowest = min((min(point["losses"]) for points in lines.values() for point in points), default=0)
-        ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
-        ax.set_xscale("log")
-        rates = sorted({point["learning_rate"] for points in lines.values() for point in points})
-        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        ax.minorticks_off()
-        y = "validation loss at the end (nats per token)"
-        finish_axes(ax, xlabel="learning rate", ylabel=y, title=f"{title(size)}open dots: loss spikes or a lost run")
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    data = {name: [point for point in points if point["losses"]] for name, points in data.items()}
+    for name, points in data.items():
+        style = line_style(name)
+        x, losses = [point["learning_rate"] for point in points], [point["losses"] for point in points]
+        ax.plot(x, [*map(statistics.mean, losses)], label=name, **style)
+        ax.fill_between(x, [*map(min, losses)], [*map(max, losses)], color=style["color"], alpha=0.15, lw=0)
+        for point in points:
+            face = "white" if point["unstable"] else style["color"]
+            rates = [point["learning_rate"]] * len(point["losses"])
+            ax.plot(rates, point["losses"], "o", ms=4, color=style["color"], mfc=face)
+    lowest = min((min(point["losses"]) for points in data.values() for point in points), default=0)
+    ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1))
+    ax.set_xscale("log")
+    rates = sorted({point["learning_rate"] for points in data.values() for point in points})
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    y = "validation loss at the end (nats per token)"
+    finish_axes(ax, xlabel="learning rate", ylabel=y, title="open dots: loss spikes or a lost run")
     return figure
 
 
@@ -565,7 +490,7 @@ def draw_compositions(plt, data, columns=6):
     figure, axes = plt.subplots(2 * layers, len(which), figsize=size, layout="constrained", squeeze=False)
     for (row, column), ax in np.ndenumerate(axes):
         kind, name = [("keys", "compose_k"), ("values", "compose_v")][row % 2]
-        image = ax.imshow(shown[name][column, row // 2], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        image = ax.imshow(shown[name][column, row // 2], cmap="RdBu", vmin=-limit, vmax=limit)
         ax.set(xticks=[], yticks=[])
         if row == 0:
             ax.set_title(f"step {data['step'][which[column]]}", fontsize=10)
@@ -582,10 +507,10 @@ def draw_runs(root, results, outcomes, seeds):
     rows = [row for row in outcomes.values() if row["n"]]
     if rows:
         write_picture(f"{results}-curves", curves(root, outcomes, seeds), draw_curves)
-    if len({(row["variant"], row["size"]) for row in outcomes.values()}) < len(outcomes):  # several rates of one
+    if len({row["variant"] for row in outcomes.values()}) < len(outcomes):  # several rates of one
         write_picture(f"{results}-sensitivity", sensitivity(outcomes), draw_sensitivity)
     for row in rows:
-        folder = Setting(row["variant"], row["learning_rate"], row["size"]).folders(root, 1)[0]
+        folder = Setting(row["variant"], row["learning_rate"]).folders(root, 1)[0]
         if data := compositions(folder):
             write_picture(f"{results}-{folder.name}-compositions", data, draw_compositions)
 
@@ -604,11 +529,10 @@ def plan(o, given):
         raise ValueError("choose_rates needs several --learning_rates to choose from, and no --rates_from")
     if o.rates_from and o.learning_rates:
         raise ValueError("the rates are those of --rates_from or those of --learning_rates: give one of them")
-    sizes = split_list(o.sizes) or [None]
-    settings = [Setting(name, rate, size) for size in sizes for name in split_list(o.variants) for rate in rates]
+    settings = [Setting(name, rate) for name in split_list(o.variants) for rate in rates]
     if o.rates_from:
         own = read_rates(ROOT / o.rates_from)
-        settings = [replace(s, learning_rate=own.get((s.size, s.variant))) for s in settings]
+        settings = [replace(s, learning_rate=own.get(s.variant)) for s in settings]
         if missing := [s.name for s in settings if not s.learning_rate]:
             how = "leave it out, or choose again from smaller rates"
             raise ValueError(f"{o.rates_from} has no stable rate for {', '.join(missing)}: {how}")
@@ -643,9 +567,9 @@ def main(argv=None):
     def tabulate():
         rows = summary(root, settings, o.seeds, own_rates=bool(o.rates_from))
         if o.choose_rates:
-            tried, choices, laws = choose_rates(root, settings, o.seeds, o.extrapolate_to, o.tolerance)
-            content = dict(tolerance=o.tolerance, choices=choices, laws=laws, rows=tried)
-            write_results(results, how, rates_markdown(tried, choices, laws), **content)
+            tried, choices = choose_rates(root, settings, o.seeds, o.extrapolate_to, o.tolerance)
+            content = dict(tolerance=o.tolerance, choices=choices, rows=tried)
+            write_results(results, how, rates_markdown(tried, choices), **content)
         else:
             write_results(results, how, markdown(rows), table=rows)
         return rows

@@ -197,16 +197,16 @@ def kills(lab):
 
 
 def two_runs(lab):
-    folder, seconds = lab.work / "two", []
+    folder, refusals = lab.work / "two", []
     process = lab.start(folder)
     wait_for_step(process, folder, 2)
     for second in (lambda: lab.start(folder), lambda: lab.resume(folder), lambda: lab.start(folder, "--overwrite")):
         process.send_signal(signal.SIGSTOP)  # the first must live while the second starts, which takes seconds
-        seconds.append(refused(finish(second()), "another process is at work"))
+        refusals.append(refused(finish(second()), "another process is at work"))
         process.send_signal(signal.SIGCONT)
     code, _ = finish(process)
-    what = f"{sum(seconds)} of 3 refused, nothing touched: the first ended {{}}"
-    yield "a second run on a folder: plain, --resume, --overwrite", folder, what, all(seconds) and code == 0
+    what = f"{sum(refusals)} of 3 refused, nothing touched: the first ended {{}}"
+    yield "a second run on a folder: plain, --resume, --overwrite", folder, what, all(refusals) and code == 0
     folder = lab.work / "pair"
     codes = sorted(finish(process)[0] for process in [lab.start(folder), lab.start(folder)])
     yield "two runs started at once on a new folder", folder, f"exit codes {codes}, the run {{}}", codes == [0, 2]

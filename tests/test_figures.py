@@ -26,7 +26,6 @@ NAMES = {
     "talking-heads + norm": ["tha+norm"],
     "dfa without norm": ["dfa-norm"],
     "gqa": ["mha"],
-    "gpt-2's shape, of torch's layers": ["gpt-2's shape"],
     "nanogpt (november 2025)": ["nanogpt"],
 }
 NUMBER = re.compile(r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\w)")
