@@ -27,7 +27,7 @@ from options import fail, option, parse_options, run_program, save_picture
 import train
 
 SETTINGS, _ = parse_options(train.Options, [], train.PRESETS)  # of the default preset
-RATES = 3e-3, 6e-3, 1.2e-2
+RATES = 1e-3, 3e-3, 6e-3, 1.2e-2
 PROGRAMS = "train.py", "model.py", "configurator.py"  # of nanoGPT
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 OURS = re.compile(r"^step +(\d+)/\d+ .*val ([\d.]+)")
@@ -121,7 +121,7 @@ def is_nanogpt(run):
 
 
 def draw(plt, runs):
-    counts = [run["threads"] for run in runs if run["name"].endswith(f"{RATES[-1]:g}")]  # those that are complete
+    counts = sorted({run["threads"] for run in runs})
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4), layout="constrained", squeeze=False)
     for ax, threads in zip(axes[0], counts):
         for run in (run for run in runs if run["threads"] == threads):
