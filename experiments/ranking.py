@@ -176,14 +176,18 @@ def rates_table(found, rows):
 
 
 def draw(plt, found):
-    """Loss against what a step costs; a bar is one standard deviation."""
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """Loss minus MHA's, by seed, against what a step costs. Bars are a standard error, and quartiles of the time."""
+    figure, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    colours = dict.fromkeys(PLAIN.split(","), "C0") | dict.fromkeys(PAIRED.split(","), "C1")
     for row in found:
-        if "ratio" in row:
-            (low, ratio, high), (mean, std) = row["ratio"], row["mean"]
-            ax.errorbar(ratio, mean, std, [[ratio - low], [high - ratio]], fmt="o", ms=4, elinewidth=0.8)
-            ax.annotate(row["variant"], (ratio, mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="time of a training step, MHA = 1", ylabel="validation loss, nats per token", xscale="log")
+        mean, std = row.get("losses_minus_mha", (None, None))
+        if "ratio" in row and std is not None:
+            (low, ratio, high), name = row["ratio"], row["variant"]
+            how = dict(fmt="o", ms=4, elinewidth=0.8, color=colours.get(name, "0.6"))  # grey: with a head norm
+            ax.errorbar(ratio, mean, std / len(row["losses"]) ** 0.5, [[ratio - low], [high - ratio]], **how)
+            ax.annotate(name, (ratio, mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(xlabel="time of a training step, MHA = 1", ylabel="validation loss minus MHA's, same seeds", xscale="log")
     ax.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
