@@ -257,8 +257,9 @@ def get_tokenizer(spec: str) -> Tokenizer:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` can only be OWNER/NAME. A folder of the owner's name means that a path on this disk was meant."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.exists()
+    """Whether `name` can only be OWNER/NAME. A path on this disk was meant if it begins with a folder that there is, or
+    with out/, where runs go, or data/."""
+    return bool(re.fullmatch(r"(?!out/|data/)[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.exists()
 
 
 def fetch_from_hub(name: str, patterns: list[str]) -> Path:

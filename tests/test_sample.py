@@ -85,6 +85,7 @@ def test_a_prompt_in_a_file_may_begin_with_a_byte_order_mark(tmp_path, monkeypat
 @mistakes("""
 --prompt a --prompt_file b => prompt and prompt_file are both given: leave one out
 --checkpoint nowhere => no checkpoint at nowhere
+--checkpoint out/nowhere => no checkpoint at out/nowhere
 --threads 4294967296 => threads must be at least 0 and at most 1024
 --temperature 1e30 => temperature must be below 2**63 in size, not 1e+30
 --temperature inf => temperature must be a finite number
