@@ -185,7 +185,7 @@ def draw(plt, found):
             (low, ratio, high), name = row["ratio"], row["variant"]
             how = dict(fmt="o", ms=4, elinewidth=0.8, color=colours.get(name, "0.6"))  # grey: with a head norm
             ax.errorbar(ratio, mean, std / len(row["losses"]) ** 0.5, [[ratio - low], [high - ratio]], **how)
-            ax.annotate(name, (ratio, mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            ax.annotate(name, (ratio, mean), xytext=(4, 4), textcoords="offset points", fontsize=7, color=how["color"])
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel="time of a training step, MHA = 1", ylabel="validation loss minus MHA's, same seeds", xscale="log")
     ax.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
