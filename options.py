@@ -303,11 +303,11 @@ def new_folder(folder, overwrite=False):
             os.rename(folder, old)
         os.rename(new, folder)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
         raise OSError(f"could not write {folder} ({error.strerror or error}); what was there before stays") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():  # stopped between the renames
+            os.rename(old, folder)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -22,22 +22,26 @@ from options import new_folder
 # --- Folders and checkpoints are replaced whole, or stay
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [{2}, {2, 3}], ids=["once", "put back, too"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch, failing, error):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "old.txt").write_text("old")
     rename, calls = os.rename, []
 
-    def fails_at_the_second(*paths):
+    def fails(*paths):
         calls.append(paths)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
+        if len(calls) in failing:
+            raise error
         rename(*paths)
 
-    monkeypatch.setattr(os, "rename", fails_at_the_second)
-    with pytest.raises(OSError, match="No space left on device.*what was there before stays"):
-        with new_folder(tmp_path / "made", overwrite=True) as new:
-            (new / "new.txt").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["made", "old.txt"]
+    monkeypatch.setattr(os, "rename", fails)
+    said = "No space left on device.*what was there before stays" if failing == {2} and error.args else None
+    with pytest.raises(type(error), match=said), new_folder(tmp_path / "made", overwrite=True) as new:
+        (new / "new.txt").write_text("new")
+    (kept,) = tmp_path.iterdir()
+    assert (kept / "old.txt").read_text() == "old" and [*kept.iterdir()] == [kept / "old.txt"]
+    assert kept.name == "made" or len(failing) > 1
 
 
 @pytest.fixture
